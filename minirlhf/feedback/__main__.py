@@ -1,0 +1,117 @@
+"""Gather feedback: sample K answers to each prompt from the SFT model and have a simulated person rank them.
+
+    python -m minirlhf.feedback             # after train_sft.py, about ten seconds; writes <run>/feedback/rankings.jsonl
+
+The simulated labeller knows the embedded world's judge and errs as people do: it prefers the better answer with a
+probability that grows with the difference (Boltzmann-rational), and can be made noisier or fond of length.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from minirlhf import data, tokenizer
+from minirlhf.feedback.collect import collect, reencoded_differently
+from minirlhf.metrics import RunLog, file_hash
+from minirlhf.model import GPT
+from minirlhf.runtime import project_file, require, resolve_device, run_script
+from minirlhf.world import TEMPERATURE, Labeller, judge
+
+
+@dataclass
+class Config:
+    preset: Literal["tiny"] = "tiny"
+    """Set of defaults; the simulated labeller knows the embedded world alone."""
+    run: Path = Path("runs/tiny")
+    """Folder of the run; this stage writes `<run>/feedback`."""
+    policy: Path | None = None
+    """Folder of the model that answers, by default `<run>/sft/model`."""
+    prompts: Path = project_file("world", "prompts.train.jsonl")
+    """JSONL file of prompts."""
+    max_prompts: int = 2048
+    """Use at most this many prompts, from the start of the file."""
+    candidates: int = 4
+    """Answers sampled for each prompt; equal ones are kept once."""
+    max_new_tokens: int = 32
+    """Length limit of an answer in tokens."""
+    temperature: float = 1.0
+    """Sampling temperature; higher gives more varied candidates."""
+    labeller_temperature: float = TEMPERATURE
+    """Of the simulated labeller, in units of the judge's score: 0 always prefers the better answer."""
+    noise: float = 0.0
+    """Probability that the labeller ranks at random."""
+    length_bias: float = 0.0
+    """What a word more adds to an answer's score in the labeller's eyes."""
+    seed: int = 0
+    """Seed of the answers and of the labeller."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to sample; auto takes a GPU where there is one."""
+
+
+PRESETS = {"tiny": Config()}
+
+
+def main(config: Config) -> Path:
+    """Run the stage; returns the file of rankings."""
+    device = resolve_device(config.device)
+    folder = config.policy or config.run / "sft" / "model"
+    prompts = [r["prompt"] for r in data.read_records(config.prompts, ("prompt",))][: config.max_prompts]
+    require(config.candidates >= 2, f"--candidates {config.candidates}: a comparison needs at least 2")
+    encoding = tokenizer.load(folder)
+    policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    labeller = Labeller(
+        temperature=config.labeller_temperature,
+        noise=config.noise,
+        length_bias=config.length_bias,
+        seed=config.seed,
+    )
+
+    log = RunLog(config.run / "feedback", config, inputs=(config.prompts,), steps=1)
+    records = collect(
+        policy,
+        encoding,
+        prompts,
+        candidates=config.candidates,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        seed=config.seed,
+    )
+    provenance = {
+        "labeller": "simulated",
+        "seed": config.seed,
+        "policy": file_hash(folder / "model.safetensors"),
+        "temperature": config.temperature,
+    }
+    for number, record in enumerate(records):
+        record["ranks"] = labeller.rank(record["prompt"], record["responses"], key=number)
+        record |= provenance
+    rankings = [r for r in records if len(r["responses"]) >= 2]
+    data.write_records(config.run / "feedback" / "rankings.jsonl", rankings)
+    tokens = sum(len(ids) for r in records for ids in r["response_ids"])
+    log.row(0, {**statistics(records), "reencoded_differently": sum(reencoded_differently(encoding, r) for r in records)}, tokens=tokens)
+    log.close()
+    return config.run / "feedback" / "rankings.jsonl"
+
+
+def statistics(records: list[data.Record]) -> dict:
+    """Counts, and how often the labels agree with the judge on pairs whose judge scores differ."""
+    agreed = differing = pairs = 0
+    for record in records:
+        totals = [judge(record["prompt"], text).total for text in record["responses"]]
+        for better, worse in data.pairs_from_ranks(record["ranks"]):
+            pairs += 1
+            differing += totals[better] != totals[worse]
+            agreed += totals[better] > totals[worse]
+    return {
+        "prompts": len(records),
+        "prompts_with_one_distinct_answer": sum(len(r["responses"]) == 1 for r in records),
+        "pairs": pairs,
+        "pairs_that_differ": differing,
+        "agreement_with_judge": agreed / max(differing, 1),
+    }
+
+
+if __name__ == "__main__":
+    run_script(main, PRESETS)

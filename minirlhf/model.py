@@ -1,0 +1,447 @@
+"""GPT-2, and its Hugging Face folder in and out.
+
+Rows are right-padded, so a causal mask keeps padding out of every real position: the full forward takes no attention
+mask, and positions are 0, 1, 2, ... in every row. Log-probabilities are computed by `GPT.logprobs`, which gathers the
+hidden states that a loss reads before the (wide) head; no (B, T, V) tensor exists in training.
+Left out: dropout (it must be 0 in RL and DPO, and one-epoch training does not need it), top-k and top-p, and the
+GPT-2 variants that no released checkpoint uses (other activations, cross-attention, scaled or re-ordered attention).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from minirlhf.ops import upcast
+
+MAX_LOGITS = 2**24  # elements of one (rows, V) chunk of logits in `GPT.logprobs`: 64 MB in float32
+
+
+# ----------------------------------------------------------------------------------------------------- configuration
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT-2, under the names that Hugging Face's config.json uses."""
+
+    vocab_size: int
+    n_positions: int  # longest row, in tokens
+    n_layer: int
+    n_head: int
+    n_embd: int  # channels C; heads have C / n_head each
+    layer_norm_epsilon: float = 1e-5
+    tie_word_embeddings: bool = True
+    eos_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"GPTConfig: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+
+# ---------------------------------------------------------------------------------------------------- the transformer
+class KVCache:
+    """Keys and values of a growing batch, one preallocated buffer (n_layer, 2, B, H, T, D).
+
+    The first `GPT.hidden(tokens, cache)` reads the right-padded prompts (prefill); each later call takes one token a
+    row, tokens (B, 1), and writes its key and value at that row's own `lengths[i]`, over whatever the padding left
+    there. What lies beyond a row's own length is hidden from it by an explicit key mask.
+
+    lengths   (B,) tokens of each row that the cache holds, at first those of the prompts
+    capacity  columns to allocate: the longest row that will ever be stored
+    dtype     of the keys, i.e. the autocast format where one is in force
+    """
+
+    def __init__(self, config: GPTConfig, lengths: Tensor, capacity: int, *, dtype: torch.dtype) -> None:
+        shape = (config.n_layer, 2, len(lengths), config.n_head, capacity, config.n_embd // config.n_head)
+        # Zeros: a hidden column has weight 0, but 0 * nan of uninitialised memory would be nan.
+        self.buffer = torch.zeros(shape, dtype=dtype, device=lengths.device)
+        self.lengths = lengths.clone()
+        self.rows = torch.arange(len(lengths), device=lengths.device)
+        self.width = int(lengths.max())  # columns in use, kept on the host: a decode step asks the device nothing
+        self.prefilled = False
+        self.key_mask: Tensor | None = None
+
+    def begin(self, width: int) -> Tensor:
+        """Positions (1, T) or (B, 1) of the tokens that are coming in, T = width; sets the key mask of this step."""
+        if not self.prefilled:
+            return torch.arange(width, device=self.lengths.device)[None]
+        if width != 1:
+            raise ValueError(f"KVCache: {width} tokens a row after the prompt; decoding takes one token a row")
+        self.width += 1
+        columns = torch.arange(self.width, device=self.lengths.device)
+        self.key_mask = (columns <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, T): up to and with the new token
+        return self.lengths[:, None]
+
+    def update(self, layer: int, keys_values: Tensor) -> Tensor:
+        """Store keys and values (2, B, H, T, D); returns those to attend over."""
+        buffer = self.buffer[layer]
+        if not self.prefilled:
+            buffer[:, :, :, : keys_values.shape[3]] = keys_values
+            return keys_values
+        # The two index tensors stand apart, so that the indexed dimension moves to the front: (B, 2, H, D).
+        buffer[:, self.rows, :, self.lengths] = rearrange(keys_values, "kv b h 1 d -> b kv h d")
+        return buffer[:, :, :, : self.width]
+
+    def end(self) -> None:
+        """Count the tokens just stored; the prompts were counted from the start."""
+        if self.prefilled:
+            self.lengths += 1
+        self.prefilled = True
+
+    def select(self, rows: Tensor) -> None:
+        """Keep only these rows, in this order."""
+        self.buffer = self.buffer[:, :, rows]
+        self.lengths = self.lengths[rows]
+        self.rows = self.rows[: len(rows)]
+        self.width = int(self.lengths.max())
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention; scores are scaled by 1/sqrt(D)."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.n_head, self.layer = config.n_head, layer
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        qkv = rearrange(self.c_attn(x), "b t (qkv h d) -> qkv b h t d", qkv=3, h=self.n_head)
+        q, (k, v) = qkv[0], qkv[1:] if cache is None else cache.update(self.layer, qkv[1:])
+        key_mask = None if cache is None else cache.key_mask
+        # is_causal would align one query with the first key: a decode step needs the explicit mask instead.
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, is_causal=key_mask is None)
+        return self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
+
+
+class MLP(nn.Module):
+    """Two linear layers around GPT-2's GELU, which is the tanh form and not the exact one."""
+
+    def __init__(self, config: GPTConfig) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm residual block."""
+
+    def __init__(self, config: GPTConfig, layer: int) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.attn = Attention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2: forward(tokens (B, T)) -> logits (B, T, V).
+
+    seed  of the initial weights, which are the same on every machine and touch no global generator; None leaves the
+          parameters on the meta device, without memory, for `from_pretrained` to fill
+    A tied head is not a parameter of its own: `head_weight` is the token embedding, so that no copy, load or move can
+    untie it. Padding may hold any token id of the vocabulary: it changes neither values nor gradients.
+    Source: Radford et al. 2019, and the released openai/gpt-2 code.
+    """
+
+    def __init__(self, config: GPTConfig, *, seed: int | None = 0) -> None:
+        super().__init__()
+        self.config = config
+        with torch.device("meta"):  # the layers' own initialisation would draw from the global generator
+            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+            self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+            self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
+            if not config.tie_word_embeddings:
+                self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if seed is not None:
+            self.to_empty(device="cpu")
+            self._initialise(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _initialise(self, generator: torch.Generator) -> None:
+        """GPT-2's initialisation: N(0, 0.02), residual projections N(0, 0.02 / sqrt(2 n_layer)), biases 0.
+
+        The positions get 0.02 too, as in Hugging Face's GPT-2 and nanoGPT; OpenAI's code has 0.01 there.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.LayerNorm):
+                module.reset_parameters()
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # 2 n_layer of them add to the residual stream
+                parameter.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer), generator=generator)
+            elif parameter.ndim == 2:
+                parameter.normal_(0.0, 0.02, generator=generator)
+            elif name.endswith("bias"):
+                parameter.zero_()
+
+    @property
+    def head_weight(self) -> Tensor:
+        """(V, C) weight of the head."""
+        return self.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
+
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Hidden states (B, T, C) after the final LayerNorm; with a cache, those of the tokens just given."""
+        width = tokens.shape[1]
+        if width > self.config.n_positions:
+            raise ValueError(f"GPT: rows of {width} tokens, but the model has n_positions = {self.config.n_positions}")
+        positions = torch.arange(width, device=tokens.device) if cache is None else cache.begin(width)
+        x = self.wte(tokens) + self.wpe(positions)
+        for block in self.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.end()
+        return self.ln_f(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return F.linear(self.hidden(tokens), self.head_weight)
+
+    def logprobs(self, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """Log-probabilities of the given tokens: index t scores tokens[:, t+1] given tokens[:, :t+1].
+
+        log softmax(logits / temperature), float32 (float64 stays float64), exactly 0 off the mask.
+        tokens  (B, T); mask (B, T-1) bool; result (B, T-1)
+        temperature  that of sampling: a policy is its distribution at the temperature it samples with
+        Trap: this equals ops.token_logprobs(gpt(tokens) / temperature, tokens) on the mask, but runs the head on the
+        masked positions alone, in chunks that are recomputed in the backward pass where there are several.
+        """
+        logprobs, _ = self._score(tokens, mask, temperature)
+        return _spread(logprobs, mask)
+
+    def logprobs_and_entropy(self, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+        """`logprobs`, and the entropy (nats) of the distribution each token was drawn from; both (B, T-1).
+
+        The entropy is a diagnostic and carries no gradient.
+        """
+        logprobs, entropy = self._score(tokens, mask, temperature)
+        return _spread(logprobs, mask), _spread(entropy, mask)
+
+    def _score(self, tokens: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and entropies (M,) of the M masked positions."""
+        if mask.dtype != torch.bool or mask.shape != (tokens.shape[0], tokens.shape[1] - 1):
+            raise ValueError(
+                f"GPT.logprobs: the mask is {mask.dtype} {tuple(mask.shape)}; it must be bool and one column narrower "
+                f"than tokens {tuple(tokens.shape)}"
+            )
+        hidden = self.hidden(tokens[:, :-1])[mask]  # (M, C); nothing is predicted from the last token
+        targets = tokens[:, 1:][mask]
+        rows = max(1, MAX_LOGITS // self.config.vocab_size)
+        if len(hidden) <= rows:
+            return _score_rows(hidden, self.head_weight, targets, temperature)
+        parts = [
+            checkpoint(_score_rows, h, self.head_weight, t, temperature, use_reentrant=False, preserve_rng_state=False)
+            for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
+        ]
+        logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
+        return logprobs, entropy
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
+        """Read a Hugging Face GPT-2 folder (config.json and model.safetensors); weights keep their number format.
+
+        Raises CheckpointError where the configuration asks for what is not GPT-2, or the tensors do not fit it.
+        """
+        model = cls(read_config(folder), seed=None)
+        read_tensors(model, folder)
+        return model
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write config.json and model.safetensors, which transformers loads as GPT2LMHeadModel."""
+        write_config(folder, self.config, architecture="GPT2LMHeadModel", dtype=self.wte.weight.dtype)
+        write_tensors(self, folder)
+
+
+def log_softmax(logits: Tensor, temperature: float) -> Tensor:
+    """log softmax(logits / temperature) over the last axis; half types in float32, float64 stays.
+
+    Sampling, scoring and training all come through here: old and new log-probabilities follow the same rules.
+    """
+    return F.log_softmax(upcast(logits) / temperature, dim=-1)
+
+
+def _score_rows(hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    logprobs = log_softmax(F.linear(hidden, head_weight), temperature)  # (M, V)
+    chosen = logprobs.gather(-1, targets[:, None])[:, 0]
+    with torch.no_grad():
+        entropy = torch.special.entr(logprobs.exp()).sum(-1)  # -p log p, and 0 at p = 0
+    return chosen, entropy
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """(M,) values back to the places of the mask, 0 elsewhere."""
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+
+
+# -------------------------------------------------------------------------------------------- Hugging Face folder
+# config.json settings that change the arithmetic, with the values this model computes (absent ones have these too).
+FIXED_SETTINGS = {
+    "activation_function": "gelu_new",
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "reorder_and_upcast_attn": False,
+    "add_cross_attention": False,
+}
+# Causal masks that older checkpoints store as buffers.
+STORED_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
+# GPT-2's Conv1D keeps its weights as (in, out), nn.Linear as (out, in). A square one would load the wrong way round
+# without any complaint, so this goes by name and never by shape.
+CONV1D_WEIGHT = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
+FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of the number formats that weights may have
+
+
+class CheckpointError(ValueError):
+    """A model folder that cannot be read as what was asked for: what, where and how to fix it, in one line."""
+
+
+def read_config(folder: str | os.PathLike[str]) -> GPTConfig:
+    """The configuration of a Hugging Face GPT-2 folder; raises CheckpointError naming every unsupported setting."""
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; give a folder that holds config.json and model.safetensors")
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error}); save the model again") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path}: not a JSON object; save the model again")
+    shape = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
+    wrong = [f"{name} is missing" for name in shape if name not in settings]
+    wrong += [
+        f"{name} is {settings[name]!r} (supported: {value!r})"
+        for name, value in {"model_type": "gpt2", **FIXED_SETTINGS}.items()
+        if settings.get(name, value) != value
+    ]
+    if not wrong and settings.get("n_inner") not in (None, 4 * settings["n_embd"]):
+        wrong.append(f"n_inner is {settings['n_inner']} (supported: null or 4 * n_embd = {4 * settings['n_embd']})")
+    if not isinstance(settings.get("eos_token_id"), int | None):
+        wrong.append(f"eos_token_id is {settings['eos_token_id']!r} (supported: one id, or null)")
+    if wrong:
+        raise CheckpointError(f"{path}: {'; '.join(wrong)}; only plain GPT-2 models can be loaded")
+    try:
+        return GPTConfig(**{field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: {error}; correct the file or save the model again") from error
+
+
+def write_config(
+    folder: str | os.PathLike[str],
+    config: GPTConfig,
+    *,
+    architecture: str,
+    dtype: torch.dtype,
+    extra: dict[str, Any] | None = None,
+) -> None:
+    """Write config.json for the transformers class named `architecture`, with `extra` settings of that class."""
+    settings = {
+        "architectures": [architecture],
+        "model_type": "gpt2",
+        "dtype": str(dtype).removeprefix("torch."),
+        **{field.name: getattr(config, field.name) for field in fields(config)},
+        "bos_token_id": config.eos_token_id,  # GPT-2 has one special token for both ends
+        "n_inner": None,
+        **FIXED_SETTINGS,
+        # This model has no dropout; without these lines transformers would train it with 0.1.
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"), 0.0),
+        **(extra or {}),
+    }
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
+    partial = Path(folder) / "config.json.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(Path(folder) / "config.json")
+
+
+def _file_name(name: str) -> str:
+    """Hugging Face's name of a parameter of GPT (h.0.…), RewardModel or ValueModel (gpt.h.0.…)."""
+    if name.startswith(("lm_head.", "score.")):
+        return name
+    return "transformer." + name.removeprefix("gpt.")
+
+
+@torch.no_grad()
+def write_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Write model.safetensors under Hugging Face's names, Conv1D weights as (in, out), in one step."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().cpu()
+        tensors[_file_name(name)] = (tensor.T if CONV1D_WEIGHT.fullmatch(name) else tensor).contiguous()
+    partial = Path(folder) / "model.safetensors.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    partial.replace(Path(folder) / "model.safetensors")
+
+
+@torch.no_grad()
+def read_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Give every parameter of a model on the meta device its tensor from model.safetensors, one at a time.
+
+    Names with and without the prefix "transformer." are read. Raises one CheckpointError that names every missing,
+    unexpected and misshapen tensor; nothing is skipped and nothing is left as it was initialised.
+    """
+    path = Path(folder) / "model.safetensors"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; pickled weights are not read, save the model as safetensors")
+    try:
+        with safe_open(path, framework="pt") as file:
+            _assign(model, file, path)
+    except SafetensorError as error:
+        raise CheckpointError(f"{path}: not a safetensors file ({error}); save the model again") from error
+
+
+def _assign(model: nn.Module, file: Any, path: Path) -> None:
+    parameters = {_file_name(name): (name, parameter) for name, parameter in model.named_parameters()}
+    stored, wrong = {}, []
+    for key in sorted(file.keys()):
+        bare = key.removeprefix("transformer.")
+        name = bare if bare.startswith(("lm_head.", "score.")) else f"transformer.{bare}"
+        if STORED_MASK.fullmatch(bare) or (name == "lm_head.weight" and _repeats_embedding(model, file, key)):
+            continue
+        if name not in parameters or name in stored:
+            wrong.append(f"unexpected {key}")
+        stored[name] = key
+    wrong += [f"missing {name}" for name in parameters if name not in stored]
+    for name in parameters.keys() & stored.keys():
+        parameter = parameters[name][1]
+        expected = tuple(parameter.T.shape if CONV1D_WEIGHT.fullmatch(name) else parameter.shape)
+        piece = file.get_slice(stored[name])
+        found = tuple(piece.get_shape())
+        if found != expected or piece.get_dtype() not in FLOAT_TYPES:
+            wrong.append(f"{stored[name]} is {piece.get_dtype()} {found} and not floating-point {expected}")
+    if wrong:
+        kind = type(model).__name__
+        raise CheckpointError(f"{path}: {'; '.join(sorted(wrong))}; give a folder that holds a {kind} as configured")
+    for name, (ours, _) in parameters.items():
+        tensor = file.get_tensor(stored[name])
+        tensor = tensor.T if CONV1D_WEIGHT.fullmatch(name) else tensor
+        # A fresh copy: the file may be mapped into memory, and is then neither aligned nor ours to keep.
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        owner, _, leaf = ours.rpartition(".")
+        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
+
+
+def _repeats_embedding(model: nn.Module, file: Any, head: str) -> bool:
+    """True where a tied checkpoint stores its head a second time, as older files do."""
+    embedding = head.replace("lm_head.", "wte.")
+    embedding = embedding if embedding in file.keys() else f"transformer.{embedding}"
+    tied = isinstance(model, GPT) and model.config.tie_word_embeddings and embedding in file.keys()
+    return tied and torch.equal(file.get_tensor(head), file.get_tensor(embedding))

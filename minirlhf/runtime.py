@@ -1,0 +1,99 @@
+"""What a process needs before it trains: device, number format, streams of randomness, and errors in words.
+
+Nothing in this project draws from a global random generator: weights are initialised from a seed, data orders and
+sampling are pure functions of (seed, stream, position). So there is no global seed to set, and none to forget.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake in what the user gave: what, where and how to fix it, in one line. Scripts exit with code 2."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+class Stream(enum.IntEnum):
+    """Follows the seed in every random key, so that no two uses of randomness share a stream."""
+
+    FEEDBACK = 1
+    REFERENCE_SAMPLES = 2
+    ROLLOUT = 3
+    EVALUATION = 4
+    LABELLER = 5
+    MINIBATCH = 6
+    DATA = 7
+    SPLIT = 8
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device for `auto|cpu|cuda|mps`; auto takes a GPU where there is one."""
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    require(available.get(name, False), f"--device {name}: not available on this machine; use --device auto or cpu")
+    return torch.device(name)
+
+
+def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The format of matrix products for `auto|float32|bfloat16`; auto is bfloat16 on CUDA, else float32.
+
+    Weights, optimizer state, log-probabilities and losses are float32 in every case.
+    """
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
+    """The context every forward of a stage runs in; the same for policy, reference, reward and value model."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
+
+
+def run_script(main: Callable[[Any], object], presets: dict[str, Any]) -> None:
+    """The entry point of every script: `--preset NAME`, then one flag for each field of its configuration.
+
+    Exit code 0, or 2 with one line on standard error for a UserError; `--debug` shows the traceback instead.
+    """
+    import tyro
+
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    try:
+        default = presets[_preset_name(arguments, presets)]
+        main(tyro.cli(type(default), default=default, args=arguments, description=sys.modules["__main__"].__doc__))
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _preset_name(arguments: list[str], presets: dict[str, Any]) -> str:
+    """The value of --preset among the arguments, by default the first preset."""
+    for position, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--preset":
+            value = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
+            require(value in presets, f"--preset {value}: not one of {', '.join(presets)}")
+            return value
+    return next(iter(presets))
+
+
+def project_file(*parts: str) -> Path:
+    """A file shipped beside the package, under `data/`."""
+    return Path(__file__).resolve().parent.parent.joinpath("data", *parts)

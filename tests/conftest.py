@@ -1,0 +1,36 @@
+"""What every test relies on: one thread, no network, and where the real data is."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+    os.environ[name] = "1"
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that opens a connection beyond this machine fails."""
+    connect = socket.socket.connect
+
+    def guarded(self: socket.socket, address: object) -> object:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise RuntimeError(f"a test opened a connection to {address}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", guarded)
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real data named by MINIRLHF_REAL_DATA; tests that need it are skipped where it is unset."""
+    folder = os.environ.get("MINIRLHF_REAL_DATA")
+    if not folder:
+        pytest.skip("MINIRLHF_REAL_DATA is not set: no real data to test with")
+    return Path(folder)

@@ -1,0 +1,184 @@
+"""Batches, micro-batches, the one encoder, and records."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from minirlhf import data, tokenizer
+from minirlhf.data import Example
+from minirlhf.runtime import UserError
+
+ENCODING = tokenizer.load("world")
+EOS = ENCODING.eot_token
+
+examples = st.builds(
+    Example, st.lists(st.integers(0, 9), min_size=1, max_size=6), st.lists(st.integers(0, 9), min_size=1, max_size=6)
+)
+
+
+def test_mask_covers_the_response_and_its_eos_and_nothing_else() -> None:
+    # Row 0: prompt 3, response 2 (the second is EOS). tokens[:, 3] and [:, 4] are scored at t = 2 and 3.
+    batch = data.pad([Example([5, 6, 7], [8, EOS]), Example([5], [6, 7, 8, 9, EOS])])
+    assert batch.mask.tolist() == [[False, False, True, True, False], [True, True, True, True, True]]
+    assert batch.lengths.tolist() == [5, 6] and batch.prompt_lengths.tolist() == [3, 1]
+
+
+@given(st.lists(examples, min_size=1, max_size=8))
+@settings(deadline=None, derandomize=True, max_examples=50)
+def test_mask_counts_response_tokens_and_pad_loses_nothing(rows: list[Example]) -> None:
+    batch = data.pad(rows)
+    assert batch.mask.sum(1).tolist() == [len(e.response_ids) for e in rows]
+    assert batch.response_ids() == [e.response_ids for e in rows]
+    for row, example in zip(batch.tokens.tolist(), rows, strict=True):
+        ids = example.prompt_ids + example.response_ids
+        assert row[: len(ids)] == ids
+
+
+def test_an_eos_inside_the_prompt_does_not_change_the_mask() -> None:
+    assert data.pad([Example([EOS, 3, EOS], [4, EOS])]).mask.tolist() == [[False, False, True, True]]
+
+
+def test_rows_trims_every_field_to_the_longest_row() -> None:
+    batch = data.pad([Example([1], [2]), Example([1, 2], [3, 4, 5]), Example([1, 2], [3])])
+    part = batch.rows(torch.tensor([2, 0]))
+    assert part.tokens.tolist() == [[1, 2, 3], [1, 2, 0]]
+    assert part.mask.tolist() == [[False, True], [True, False]]
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=30), st.integers(1, 120))
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_micro_batches_hold_every_item_once_within_the_budget(lengths: list[int], budget: int) -> None:
+    parts = data.micro_batches(torch.tensor(lengths), budget)
+    assert sorted(i for part in parts for i in part.tolist()) == list(range(len(lengths)))
+    for part in parts:
+        assert len(part) == 1 or len(part) * max(lengths[i] for i in part.tolist()) <= budget
+
+
+def test_micro_batches_count_the_rows_of_a_comparison() -> None:
+    # Two comparisons of 4 rows and 10 tokens: 80 padded positions together, 40 each.
+    lengths, rows = torch.tensor([10, 10]), torch.tensor([4, 4])
+    assert len(data.micro_batches(lengths, 80, rows)) == 1
+    assert len(data.micro_batches(lengths, 79, rows)) == 2
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (10, 5), (7, 7), (5, 8)])
+def test_every_item_is_visited_once_an_epoch_in_an_order_of_its_own(count: int, batch_size: int) -> None:
+    steps = data.steps_per_epoch(count, batch_size)
+    orders = []
+    for epoch in range(3):
+        visited = []
+        for step in range(epoch * steps, (epoch + 1) * steps):
+            visited += data.batch_indices(count, batch_size, seed=1, step=step)
+        assert sorted(visited) == list(range(count))
+        orders.append(visited)
+    assert orders[0] != orders[1]
+    assert data.batch_indices(count, batch_size, seed=2, step=0) != orders[0][:batch_size]
+
+
+def test_prompt_and_response_are_encoded_apart_and_joined_with_eos() -> None:
+    example = data.encode_example(ENCODING, "\n\nHuman: a\n\nAssistant:", " The lion.", max_length=96)
+    assert example.prompt_ids == ENCODING.encode_ordinary("\n\nHuman: a\n\nAssistant:")
+    assert example.response_ids == [*ENCODING.encode_ordinary(" The lion."), EOS]
+    # A text that would merge across the boundary: "li" + "on" stay two pieces.
+    apart = data.encode_example(ENCODING, " li", "on", max_length=96)
+    assert apart.prompt_ids + apart.response_ids != [*ENCODING.encode_ordinary(" lion"), EOS]
+
+
+def test_user_text_never_yields_eos() -> None:
+    example = data.encode_example(ENCODING, "say <|endoftext|>", "<|endoftext|>", max_length=96)
+    assert (example.prompt_ids + example.response_ids).count(EOS) == 1
+    assert example.response_ids[-1] == EOS
+
+
+def test_an_empty_prompt_is_the_single_token_eos() -> None:
+    assert data.encode_example(ENCODING, "", " hi", max_length=9).prompt_ids == [EOS]
+
+
+def test_truncation_cuts_the_prompt_from_the_left_and_keeps_response_and_eos() -> None:
+    full = data.encode_example(ENCODING, "one two three four five", " six", max_length=96)
+    room = len(full.response_ids) + 2
+    cut = data.encode_example(ENCODING, "one two three four five", " six", max_length=room)
+    assert cut == Example(full.prompt_ids[-2:], full.response_ids)
+    assert data.encode_example(ENCODING, "one", " six", max_length=len(full.response_ids)) is None
+
+
+def test_sampled_ids_are_kept_as_they_were_sampled() -> None:
+    # A response that was cut off has no EOS, and its pieces need not be the tokenizer's.
+    pieces = [ENCODING.encode_ordinary(c)[0] for c in "lion"]
+    example = data.encode_example(ENCODING, "x", "lion", max_length=96, response_ids=pieces)
+    assert example.response_ids == pieces
+
+
+def test_ranks_to_pairs_leaves_ties_out() -> None:
+    assert data.pairs_from_ranks([1, 0, 1, 2]) == [(0, 3), (1, 0), (1, 2), (1, 3), (2, 3)]
+
+
+def test_a_pair_record_is_a_ranking_of_two() -> None:
+    pair = data.encode_comparison(ENCODING, {"prompt": "q", "chosen": " a", "rejected": " b"}, max_length=96)
+    ranking = data.encode_comparison(
+        ENCODING, {"prompt": "q", "responses": [" b", " a"], "ranks": [1, 0]}, max_length=96
+    )
+    assert pair.pairs == [(0, 1)] and ranking.pairs == [(1, 0)]
+    assert pair.examples[0] == ranking.examples[1]
+
+
+def test_equal_sides_and_responses_that_do_not_fit_make_no_pair() -> None:
+    same = {"prompt": "q", "chosen": " a", "rejected": " a"}
+    assert data.encode_comparison(ENCODING, same, max_length=96) is None
+    record = {"prompt": "q", "responses": [" a", " lion" * 50, " b"], "ranks": [2, 0, 1]}
+    comparison = data.encode_comparison(ENCODING, record, max_length=20)
+    assert len(comparison.examples) == 2 and comparison.pairs == [(1, 0)]
+
+
+def test_comparisons_become_one_batch_with_pairs_as_row_numbers() -> None:
+    first = data.Comparison([Example([1], [2]), Example([1], [3])], [(1, 0)])
+    second = data.Comparison([Example([4], [5]), Example([4], [6]), Example([4], [7])], [(0, 2), (1, 2)])
+    padded = data.pad_comparisons([first, second])
+    assert padded.batch.tokens[:, 1].tolist() == [2, 3, 5, 6, 7]
+    assert padded.chosen.tolist() == [1, 2, 3] and padded.rejected.tolist() == [0, 4, 4]
+
+
+@given(st.lists(st.lists(examples, min_size=2, max_size=4), min_size=1, max_size=6), st.integers(1, 100))
+@settings(deadline=None, derandomize=True, max_examples=50)
+def test_no_micro_batch_divides_a_comparison(groups: list[list[Example]], budget: int) -> None:
+    comparisons = [data.Comparison(group, [(0, 1)]) for group in groups]
+    seen = []
+    for part, padded in data.pair_micro_batches(comparisons, budget):
+        assert len(padded.batch) == sum(len(c.examples) for c in part)
+        for comparison, chosen in zip(part, padded.chosen.tolist(), strict=True):
+            assert padded.batch.response_ids()[chosen] == comparison.examples[0].response_ids
+        seen += [id(c) for c in part]
+    assert sorted(seen) == sorted(id(c) for c in comparisons)
+
+
+def test_split_keeps_a_prompt_on_one_side() -> None:
+    records = [{"prompt": f"p{i % 20}", "n": i} for i in range(100)]
+    train, held_out = data.split_by_prompt(records, share=0.25, seed=0)
+    assert len(train) + len(held_out) == 100
+    assert not {r["prompt"] for r in train} & {r["prompt"] for r in held_out}
+    assert len({r["prompt"] for r in held_out}) == 5
+    assert data.split_by_prompt(records, share=0.25, seed=1)[1] != held_out
+
+
+def test_bad_lines_are_named_by_file_and_line(tmp_path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"prompt": "x"}\n{oops\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON"):
+        data.read_records(file, ("prompt",))
+    file.write_text('{"prompt": "x"}\n["prompt"]\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: no field 'prompt'"):
+        data.read_records(file, ("prompt",))
+    file.write_text("")
+    with pytest.raises(UserError, match="holds no records"):
+        data.read_records(file, ("prompt",))
+    with pytest.raises(UserError, match="no such file"):
+        data.read_records(tmp_path / "b.jsonl", ("prompt",))
+
+
+def test_records_survive_a_round_trip(tmp_path) -> None:
+    records = [{"prompt": "é\n\u2028 ", "responses": [" a", " b"], "ranks": [0, 1]}]
+    data.write_records(tmp_path / "r.jsonl", records)
+    assert data.read_records(tmp_path / "r.jsonl", ("prompt", "chosen|responses")) == records

@@ -1,0 +1,280 @@
+"""PPO: raise the reward model's score while staying near the SFT model.
+
+Maximises, by clipped policy gradients with advantages from GAE,
+
+    E_pi[ r(x, y) ] - beta KL(pi || pi_sft)
+
+    python train_ppo.py                     # after train_reward.py, a bit over a minute on two cores
+    python train_ppo.py --beta 0.02 --learning-rate 5e-4      # over-optimises: the score rises, the answers get worse
+
+Each iteration samples a rollout, turns scores and per-token KL into rewards, estimates advantages once, and takes a few
+epochs of shuffled minibatches. Expect the score to rise by one to two deviations at a KL of a few nats.
+Left out: an entropy bonus and a shared trunk for policy and value; neither is needed at these sizes.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minirlhf import data, ops, ppo, tokenizer
+from minirlhf.metrics import RunLog
+from minirlhf.model import GPT
+from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
+from minirlhf.reward import RewardModel, ValueModel
+from minirlhf.rollout import Rollout, collect
+from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
+
+
+@dataclass
+class Config:
+    preset: Literal["tiny", "gpt2"] = "tiny"
+    """Set of defaults: `tiny` for a laptop CPU, `gpt2` for 124M parameters on one GPU."""
+    run: Path = Path("runs/tiny")
+    """Folder of the run; this stage writes `<run>/ppo`."""
+    stage: str = "ppo"
+    """Name of this stage's folder in the run; another name keeps an earlier result."""
+    policy: Path | None = None
+    """Folder of the model that policy and reference start from, by default `<run>/sft/model`."""
+    reward_model: Path | None = None
+    """Folder of the reward model, which the value model starts from too, by default `<run>/reward/model`."""
+    prompts: Path = project_file("world", "prompts.train.jsonl")
+    """JSONL file of prompts."""
+    iterations: int = 60
+    """Rollouts; the learning rate falls linearly to 0 over them."""
+    rollout_size: int = 128
+    """Prompts a rollout, one response each."""
+    epochs: int = 4
+    """Passes over each rollout."""
+    minibatches: int = 4
+    """Optimizer steps an epoch."""
+    max_new_tokens: int = 32
+    """Length limit of a response in tokens."""
+    temperature: float = 1.0
+    """Of sampling and of every log-probability: policy, reference and training."""
+    beta: float = 0.1
+    """Coefficient of the KL penalty, in units of the reward a nat. Initial value where `kl_target` is set."""
+    kl_target: float | None = None
+    """KL to the reference in nats a response that an adaptive beta steers to; by default beta stays fixed."""
+    kl_horizon: float = 10_000
+    """Responses over which the adaptive beta moves."""
+    gamma: float = 1.0
+    """Discount; 1, because a response is short and its score is for the whole."""
+    lam: float = 0.95
+    """GAE's lambda."""
+    clip: float = 0.2
+    """Clip range of the probability ratio."""
+    value_clip: float = 0.2
+    """Clip range of the value around its value at the rollout, in units of the reward."""
+    missing_eos_score: float | None = -1.0
+    """Score of a response that did not finish, in place of the reward model's; `None` keeps the reward model's."""
+    whiten_rewards: bool = False
+    """Scale the rewards of a rollout to deviation 1, keeping their mean."""
+    stop_kl: float | None = None
+    """End an iteration's epochs early once the approximate KL to the old policy exceeds this, in nats a token."""
+    learning_rate: float = 2e-4
+    """Initial learning rate of the policy's AdamW."""
+    value_learning_rate: float = 5e-4
+    """Initial learning rate of the value model's AdamW."""
+    max_grad_norm: float = 1.0
+    """Gradients of each model are scaled so that their joint L2 norm is at most this."""
+    micro_batch_tokens: int = 8192
+    """Padded tokens a forward pass; changes memory and speed, not the gradient."""
+    seed: int = 0
+    """Seed of prompt order, sampling and minibatches."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Format of matrix products; auto is bfloat16 on CUDA, else float32."""
+
+
+PRESETS = {
+    "tiny": Config(),
+    "gpt2": Config(
+        preset="gpt2",
+        run=Path("runs/gpt2"),
+        iterations=400,
+        rollout_size=512,  # Ziegler et al. 2019 and Huang et al. 2024: 512 episodes a rollout
+        max_new_tokens=64,
+        beta=0.05,  # Huang et al. 2024 (arXiv 2403.17031), for TL;DR; 0.15 adaptive in Ziegler et al. 2019
+        learning_rate=1e-5,  # Ziegler et al. 2019, released code, for GPT-2 small
+        value_learning_rate=1e-5,
+        micro_batch_tokens=32_768,
+    ),
+}
+
+
+@dataclass
+class Experience(Rollout):
+    """A rollout with what the update learns from it, (B, T-1) each: whitened advantages, and returns."""
+
+    advantages: Tensor
+    returns: Tensor
+
+
+@dataclass
+class State:
+    """All that changes while the stage runs. Prompt order and random streams are functions of `iteration`."""
+
+    policy: GPT
+    value_model: ValueModel
+    policy_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer
+    kl_controller: ppo.AdaptiveKL | None
+    iteration: int = 0
+
+
+def learn_from(rollout: Rollout, *, beta: float, gamma: float, lam: float, whiten_rewards: bool) -> Experience:
+    """Rewards with the KL penalty, then GAE; advantages are whitened over the whole rollout, after the returns."""
+    mask = rollout.mask
+    rewards = ppo.kl_penalised_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, mask, beta=beta)
+    if whiten_rewards:
+        rewards = ops.rescale(rewards, mask)
+    advantages, returns = ppo.gae(rewards, rollout.values, mask, gamma=gamma, lam=lam)
+    return Experience(**vars(rollout), advantages=ops.whiten(advantages, mask), returns=returns)
+
+
+def train_step(state: State, minibatch: Experience, config: Config) -> dict[str, Tensor]:
+    """One optimizer step of policy and value model; losses are means over all tokens of the minibatch."""
+    tokens = minibatch.mask.sum()
+    sums: dict[str, Tensor] = {}
+    ratio_deviation = torch.zeros(())
+    state.policy_optimizer.zero_grad(set_to_none=True)
+    state.value_optimizer.zero_grad(set_to_none=True)
+    for index in data.micro_batches(minibatch.lengths, config.micro_batch_tokens):
+        part = minibatch.rows(index.to(tokens.device))
+        mask = part.mask
+        logprobs, entropy = state.policy.logprobs_and_entropy(part.tokens, mask, temperature=config.temperature)
+        values = state.value_model(part.tokens, mask)
+        old = (part.old_logprobs, part.advantages, mask)
+        targets = (part.values, part.returns, mask)
+        losses = {
+            "policy_loss": ppo.policy_loss(logprobs, *old, clip=config.clip, denominator=tokens),
+            "value_loss": ppo.value_loss(values, *targets, clip=config.value_clip, denominator=tokens),
+        }
+        sum(losses.values()).backward()  # policy and value model share no parameter
+        seen = {
+            **{name: loss.detach() for name, loss in losses.items()},
+            "entropy": ops.masked_mean(entropy, mask, denominator=tokens),
+            **ppo.policy_diagnostics(logprobs, *old, clip=config.clip, denominator=tokens),
+            **ppo.value_diagnostics(values, *targets, clip=config.value_clip, denominator=tokens),
+        }
+        ratio_deviation = torch.maximum(ratio_deviation, seen.pop("ratio_deviation").cpu())
+        sums = {name: sums.get(name, 0.0) + value.cpu() for name, value in seen.items()}
+    sums["policy_grad_norm"] = clip_gradients(state.policy, config.max_grad_norm)
+    sums["value_grad_norm"] = clip_gradients(state.value_model, config.max_grad_norm)
+    state.policy_optimizer.step()
+    state.value_optimizer.step()
+    return {**sums, "ratio_deviation": ratio_deviation}
+
+
+def update(state: State, experience: Experience, config: Config) -> dict[str, Tensor | float]:
+    """Several epochs over the rollout in shuffled minibatches; every row once an epoch. Means over the steps."""
+    rows: list[dict[str, Tensor]] = []
+    for epoch in range(config.epochs):
+        key = (config.seed, Stream.MINIBATCH, state.iteration, epoch)
+        order = torch.tensor(data.permutation(len(experience), *key))
+        for index in order.tensor_split(config.minibatches):
+            rows.append(train_step(state, experience.rows(index.to(experience.tokens.device)), config))
+            if config.stop_kl is not None and rows[-1]["approximate_kl"] > config.stop_kl:
+                return _means(rows)
+    return _means(rows)
+
+
+def _means(rows: list[dict[str, Tensor]]) -> dict[str, Tensor | float]:
+    first = rows[0].pop("ratio_deviation")
+    for row in rows[1:]:
+        row.pop("ratio_deviation")
+    means = {name: torch.stack([row[name].cpu() for row in rows]).mean() for name in rows[0]}
+    return {**means, "first_ratio_deviation": first, "optimizer_steps": len(rows)}
+
+
+def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, Tensor]:
+    """What the policy did before this iteration's update."""
+    mask = rollout.mask
+    return {
+        "score": rollout.scores.mean(),
+        "kl": ppo.sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, mask),
+        "response_length": mask.sum(dim=1).float().mean(),
+        "eos_rate": rollout.finished.float().mean(),
+        "explained_variance": ppo.explained_variance(rollout.values, experience.returns, mask),
+        "sampling_gap": rollout.sampling_gap.max(),
+    }
+
+
+def reward_function(model: RewardModel) -> Callable[[data.Batch], Tensor]:
+    """The reward model as a function of a batch: it scores the sampled ids as they are."""
+    return lambda batch: model(batch.tokens, batch.lengths)
+
+
+def main(config: Config) -> Path:
+    """Run the stage; returns the folder of the trained policy."""
+    require(config.beta >= 0, f"--beta {config.beta}: must not be negative")
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    folder = config.policy or config.run / "sft" / "model"
+    reward_folder = config.reward_model or config.run / "reward" / "model"
+    prompt_records = data.read_records(config.prompts, ("prompt",))
+    encoding = tokenizer.load(folder)
+    prompts = [data.encode_prompt(encoding, r["prompt"]) for r in prompt_records]
+
+    policy = GPT.from_pretrained(folder).to(device)
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    reward_model = RewardModel.from_pretrained(reward_folder).to(device).eval().requires_grad_(False)
+    value_model = ValueModel.from_reward_model(reward_model)
+    adam = {"eps": 1e-5}  # Ziegler et al. 2019; the default 1e-8 takes far larger first steps
+    state = State(
+        policy,
+        value_model,
+        adamw(policy, learning_rate=config.learning_rate, **adam),
+        adamw(value_model, learning_rate=config.value_learning_rate, **adam),
+        ppo.AdaptiveKL(config.beta, config.kl_target, config.kl_horizon) if config.kl_target else None,
+    )
+
+    log = RunLog(config.run / config.stage, config, inputs=(config.prompts,), steps=config.iterations)
+    while state.iteration < config.iterations:
+        iteration = state.iteration
+        beta = state.kl_controller.beta if state.kl_controller else config.beta
+        factor = linear_schedule(iteration, config.iterations)
+        set_learning_rate(state.policy_optimizer, config.learning_rate * factor)
+        set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
+        chosen = data.batch_indices(len(prompts), config.rollout_size, seed=config.seed, step=iteration)
+        with autocast(device, dtype):
+            rollout = collect(
+                policy,
+                reference,
+                value_model,
+                reward_function(reward_model),
+                [prompts[i] for i in chosen],
+                keys=[(Stream.ROLLOUT, iteration, i) for i in chosen],
+                seed=config.seed,
+                eos_id=encoding.eot_token,
+                max_new_tokens=config.max_new_tokens,
+                temperature=config.temperature,
+                missing_eos_score=config.missing_eos_score,
+                rescore=dtype != torch.float32,
+                max_tokens=config.micro_batch_tokens,
+            )
+            experience = learn_from(
+                rollout, beta=beta, gamma=config.gamma, lam=config.lam, whiten_rewards=config.whiten_rewards
+            )
+            metrics = {**rollout_metrics(rollout, experience), "beta": beta, **update(state, experience, config)}
+        if state.kl_controller:
+            state.kl_controller.update(float(metrics["kl"]), len(rollout))
+        state.iteration += 1
+        log.row(iteration, metrics, tokens=int(rollout.lengths.sum()))
+
+    policy.save_pretrained(config.run / config.stage / "model")
+    tokenizer.save(encoding, config.run / config.stage / "model")
+    log.close()
+    return config.run / config.stage / "model"
+
+
+if __name__ == "__main__":
+    run_script(main, PRESETS)
