@@ -54,7 +54,9 @@ class Config:
     batch_size: int = 32
     """Prompts an optimizer step, each with all its responses."""
     learning_rate: float = 5e-4
-    """Initial learning rate of AdamW; falls linearly to 0."""
+    """Peak learning rate of AdamW; warms up linearly, then falls linearly to 0."""
+    warmup_steps: int = 20
+    """Optimizer steps of linear warm-up."""
     weight_decay: float = 0.01
     """AdamW's decay of matrices."""
     max_grad_norm: float = 1.0
@@ -169,7 +171,7 @@ def main(config: Config) -> Path:
     log = RunLog(config.run / "reward", config, inputs=(file,), steps=total_steps)
     while state.step < total_steps:
         step = state.step
-        learning_rate = config.learning_rate * linear_schedule(step, total_steps)
+        learning_rate = config.learning_rate * linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
         set_learning_rate(state.optimizer, learning_rate)
         rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
         batch = [train[i] for i in rows]

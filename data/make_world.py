@@ -19,16 +19,16 @@ from minirlhf import world
 SEED = 0
 # Prompts by kind of question: training, validation, test. A prompt is in one split only.
 QUOTAS = {
-    "one_fact": (300, 45, 90),
-    "two_facts": (380, 60, 110),
-    "yes_no": (330, 50, 90),
-    "follow_up": (80, 15, 30),
-    "unknown": (250, 45, 80),
-    "harmful": (270, 45, 90),
-    "lookalike": (270, 40, 80),
+    "one_fact": (330, 35, 80),
+    "two_facts": (800, 50, 110),
+    "yes_no": (500, 45, 95),
+    "follow_up": (130, 15, 40),
+    "unknown": (400, 40, 80),
+    "harmful": (400, 40, 80),
+    "lookalike": (400, 40, 80),
 }
 SPLITS = ("train", "validation", "test")
-DEMONSTRATIONS = {"train": 3, "validation": 1}  # for each prompt, by different draws of the writer
+DEMONSTRATIONS = {"train": 2, "validation": 1}  # for each prompt, by different draws of the writer
 
 
 def split_prompts() -> dict[str, list[world.Question]]:

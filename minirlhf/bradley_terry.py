@@ -34,7 +34,6 @@ def bradley_terry_loss(
     ops.check_pairs(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
     if isinstance(margin, Tensor):
         ops.check_shapes(chosen_scores=chosen_scores, margin=margin)
-        margin = ops.upcast(margin)
     # log(sigmoid(x)) would be -inf from x = -104 on; logsigmoid is not.
     losses = -F.logsigmoid(ops.upcast(chosen_scores) - ops.upcast(rejected_scores) - margin)
     return ops.mean(losses, denominator=denominator)
@@ -98,7 +97,6 @@ def davidson_loss(
     return ops.mean(log_normaliser - torch.where(ties, tie, first), denominator=denominator)
 
 
-@torch.no_grad()
 def accuracy(chosen_scores: Tensor, rejected_scores: Tensor, *, denominator: float | Tensor | None = None) -> Tensor:
     """Share of pairs whose chosen response has the higher score; equal scores count one half.
 
@@ -108,5 +106,5 @@ def accuracy(chosen_scores: Tensor, rejected_scores: Tensor, *, denominator: flo
     Trap: without the half a model that scores everything 0 would look worse than chance.
     """
     ops.check_pairs(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
-    wins = (chosen_scores > rejected_scores).float() + 0.5 * (chosen_scores == rejected_scores).float()
+    wins = (chosen_scores > rejected_scores) + 0.5 * (chosen_scores == rejected_scores)
     return ops.mean(wins, denominator=denominator)

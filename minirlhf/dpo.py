@@ -29,9 +29,8 @@ def _log_ratios(
         ref_chosen_logprobs=ref_chosen_logprobs,
         ref_rejected_logprobs=ref_rejected_logprobs,
     )
-    chosen = ops.upcast(chosen_logprobs) - ops.upcast(ref_chosen_logprobs).detach()
-    rejected = ops.upcast(rejected_logprobs) - ops.upcast(ref_rejected_logprobs).detach()
-    return chosen, rejected
+    chosen = ops.log_ratio(chosen_logprobs, ref_chosen_logprobs.detach())
+    return chosen, ops.log_ratio(rejected_logprobs, ref_rejected_logprobs.detach())
 
 
 def _margins(
@@ -149,7 +148,7 @@ def kto_reference_point(mismatched_logprobs: Tensor, ref_mismatched_logprobs: Te
     ops.check_pairs(mismatched_logprobs=mismatched_logprobs, ref_mismatched_logprobs=ref_mismatched_logprobs)
     if len(mismatched_logprobs) < 2:
         raise ValueError(f"N is {len(mismatched_logprobs)}; mismatched pairs need a batch of 2 or more")
-    return ops.mean(ops.kl_k1(mismatched_logprobs, ref_mismatched_logprobs).detach()).clamp(min=0)
+    return ops.mean(ops.log_ratio(mismatched_logprobs, ref_mismatched_logprobs).detach()).clamp(min=0)
 
 
 def kto_loss(
@@ -178,7 +177,7 @@ def kto_loss(
         raise TypeError(f"desirable has dtype {desirable.dtype}; pass bool, true where the response was liked")
     if reference_point.dim() != 0:
         raise ValueError(f"reference_point has shape {tuple(reference_point.shape)}; pass one 0-d tensor for the batch")
-    gains = beta * (ops.kl_k1(logprobs, ref_logprobs.detach()) - reference_point.detach())
+    gains = beta * (ops.log_ratio(logprobs, ref_logprobs.detach()) - reference_point.detach())
     # 1 - sigmoid(x) is sigmoid(-x), which keeps its digits for a large x.
     losses = torch.where(desirable, desirable_weight * torch.sigmoid(-gains), undesirable_weight * torch.sigmoid(gains))
     return ops.mean(losses, denominator=denominator)
@@ -198,13 +197,9 @@ def _length_normalised(
 
 
 def _log_odds(logprobs: Tensor) -> Tensor:
-    """log p / (1 - p) from log p < 0, with log(1 - p) in the form that keeps its digits on either side of p = 1/2."""
+    """log p / (1 - p) from log p < 0; 1 - p by expm1, which keeps its digits where p is near 1."""
     logprobs = logprobs.clamp(max=-torch.finfo(logprobs.dtype).eps)  # p = 1 has infinite odds, and a nan gradient
-    likely = logprobs > -math.log(2)
-    # Each form gets an input of its own side only: the other form's inf would be nan in the gradient.
-    near_one = torch.log(-torch.expm1(torch.where(likely, logprobs, -1.0)))
-    near_zero = torch.log1p(-torch.exp(torch.where(likely, -1.0, logprobs)))
-    return logprobs - torch.where(likely, near_one, near_zero)
+    return logprobs - torch.log(-torch.expm1(logprobs))
 
 
 def orpo_loss(

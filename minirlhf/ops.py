@@ -2,8 +2,8 @@
 
 Index t of a per-token tensor `(B, T-1)` speaks of the token at t+1. The shift happens once, in `token_logprobs`.
 
-Two rules hold in all of the maths modules. A mask is bool, has the shape of what it masks and is applied with
-`torch.where` before any arithmetic, because `nan * 0` is nan, in the gradient too. Half types are upcast to float32;
+Two rules hold in all of the maths modules. A mask is bool, has the shape of what it masks and is applied by
+`select` before any arithmetic, because `nan * 0` is nan, in the gradient too. Half types are upcast to float32;
 float64 stays.
 
 Left out on purpose: broadcasting masks and `mask=None`. Both turn a forgotten mask into a plausible number.
@@ -18,6 +18,14 @@ VARIANCE_EPS = 1e-8
 def upcast(x: Tensor) -> Tensor:
     """Return `x` in float32, or unchanged if it is float32 or float64 already."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def select(x: Tensor, mask: Tensor) -> Tensor:
+    """Keep `x` where `mask` is true and put exactly 0 elsewhere: the padding reaches neither value nor gradient.
+
+    Shapes equal, any -> the same, float32 or float64. Trap: x * mask is not this, since nan * 0 is nan.
+    """
+    return torch.where(mask, upcast(x), 0.0)
 
 
 def check_shapes(**tensors: Tensor) -> None:
@@ -91,7 +99,7 @@ def masked_mean(x: Tensor, mask: Tensor, *, denominator: float | Tensor | None =
     check_mask(mask, x=x)
     if denominator is None:
         denominator = mask.sum().clamp(min=1)
-    return mean(torch.where(mask, x, 0.0), denominator=denominator)
+    return mean(select(x, mask), denominator=denominator)
 
 
 def whiten(x: Tensor, mask: Tensor) -> Tensor:
@@ -103,9 +111,7 @@ def whiten(x: Tensor, mask: Tensor) -> Tensor:
     count less one. One masked element, or equal ones, give 0. Errors as `masked_mean`.
     Trap: whiten the advantages of the whole rollout at once; a micro-batch of one token would become 0.
     """
-    check_mask(mask, x=x)
-    x = upcast(x)
-    centred = torch.where(mask, x - masked_mean(x, mask), 0.0)
+    centred = select(upcast(x) - masked_mean(x, mask), mask)
     return centred * torch.rsqrt(masked_mean(centred.square(), mask) + VARIANCE_EPS)
 
 
@@ -117,7 +123,7 @@ def rescale(x: Tensor, mask: Tensor) -> Tensor:
     Shapes and errors as `whiten`. For rewards: shifting their mean would reward or punish every token and so change the
     task (Ziegler et al. 2019, code: `shift_mean=False`).
     """
-    return torch.where(mask, whiten(x, mask) + masked_mean(x, mask), 0.0)
+    return select(whiten(x, mask) + masked_mean(x, mask), mask)
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -150,6 +156,16 @@ def entropy(logits: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
+def log_ratio(logprobs: Tensor, other_logprobs: Tensor) -> Tensor:
+    """log p(y) / q(y) from log p(y) and log q(y), in float32 or float64.
+
+    Shapes: equal, any -> the same. Raises ValueError for unequal shapes.
+    Trap: half types must be upcast before the difference, which is smaller than their rounding.
+    """
+    check_shapes(logprobs=logprobs, other_logprobs=other_logprobs)
+    return upcast(logprobs) - upcast(other_logprobs)
+
+
 def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """The plain estimator of KL(pi || ref) for each token: unbiased, of either sign.
 
@@ -158,8 +174,7 @@ def kl_k1(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     Shapes: equal, any -> the same. Schulman, "Approximating KL divergence", 2020. Raises ValueError for unequal shapes.
     Trap: for rewards only. As a loss on samples of pi its expected gradient is 0: it regularises nothing.
     """
-    check_shapes(logprobs=logprobs, ref_logprobs=ref_logprobs)
-    return upcast(logprobs) - upcast(ref_logprobs)
+    return log_ratio(logprobs, ref_logprobs)
 
 
 def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -171,7 +186,7 @@ def kl_k2(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     ref). Trap: its value is not the KL. Padding must hold numbers (0 on both sides) before this, for the gradient's
     sake.
     """
-    return 0.5 * kl_k1(logprobs, ref_logprobs).square()
+    return 0.5 * log_ratio(logprobs, ref_logprobs).square()
 
 
 def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
@@ -183,5 +198,5 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     Trap: as a loss on samples of pi its expected gradient is that of KL(ref || pi), the other direction.
     Padding must hold numbers (0 on both sides) before this, for the gradient's sake.
     """
-    log_ratio = -kl_k1(logprobs, ref_logprobs)  # log ref(y) / pi(y)
-    return torch.expm1(log_ratio) - log_ratio
+    reverse = log_ratio(ref_logprobs, logprobs)  # log ref(y) / pi(y)
+    return torch.expm1(reverse) - reverse

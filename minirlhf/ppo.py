@@ -37,8 +37,7 @@ def kl_penalised_rewards(
     kl = ops.kl_k1(logprobs, ref_logprobs)  # >= 0 in expectation over the policy's own samples
     masked_so_far = mask.cumsum(-1)
     last = mask & (masked_so_far == masked_so_far[:, -1:])
-    rewards = torch.where(last, ops.upcast(scores)[:, None] - beta * kl, -beta * kl)
-    return torch.where(mask, rewards, 0.0)
+    return ops.select(torch.where(last, scores[:, None] - beta * kl, -beta * kl), mask)
 
 
 @torch.no_grad()
@@ -65,12 +64,7 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
         next_advantage = torch.where(here, delta + gamma * lam * next_advantage, next_advantage)
         next_value = torch.where(here, value, next_value)
         advantages[:, t : t + 1] = next_advantage
-    return torch.where(mask, advantages, 0.0), torch.where(mask, advantages + values, 0.0)
-
-
-def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, mask: Tensor) -> Tensor:
-    """log pi(a_t) / pi_old(a_t), 0 off the mask: selected before exp, or inf there would be nan in the gradient."""
-    return torch.where(mask, ops.upcast(logprobs) - ops.upcast(old_logprobs).detach(), 0.0)
+    return ops.select(advantages, mask), ops.select(advantages + values, mask)
 
 
 def policy_loss(
@@ -93,8 +87,9 @@ def policy_loss(
     """
     ops.check_mask(mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     ops.check_positive(clip=clip)
-    ratio = _log_ratio(logprobs, old_logprobs, mask).exp()
-    advantages = torch.where(mask, ops.upcast(advantages).detach(), 0.0)
+    # Selected before exp: an inf in the padding would be nan in the gradient.
+    ratio = ops.select(ops.log_ratio(logprobs, old_logprobs.detach()), mask).exp()
+    advantages = ops.select(advantages, mask).detach()
     losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
     return ops.masked_mean(losses, mask, denominator=denominator)
 
@@ -123,9 +118,9 @@ def value_loss(
     """
     ops.check_mask(mask, values=values, old_values=old_values, returns=returns)
     ops.check_positive(clip=clip)
-    values = torch.where(mask, ops.upcast(values), 0.0)
-    old_values = torch.where(mask, ops.upcast(old_values).detach(), 0.0)
-    returns = torch.where(mask, ops.upcast(returns).detach(), 0.0)
+    values = ops.select(values, mask)
+    old_values = ops.select(old_values, mask).detach()
+    returns = ops.select(returns, mask).detach()
     clipped = _clipped_values(values, old_values, clip=clip)
     losses = 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
     return ops.masked_mean(losses, mask, denominator=denominator)
@@ -176,7 +171,7 @@ def sequence_kl(
     Trap: meant for fresh samples; after updates the recorded samples are no longer the policy's own.
     """
     ops.check_mask(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    kl = torch.where(mask, ops.kl_k1(logprobs, ref_logprobs), 0.0).sum(-1)  # (B,)
+    kl = ops.select(ops.kl_k1(logprobs, ref_logprobs), mask).sum(-1)  # (B,)
     return ops.mean(kl, denominator=denominator)
 
 
@@ -199,9 +194,8 @@ def policy_diagnostics(
     """
     ops.check_mask(mask, logprobs=logprobs, old_logprobs=old_logprobs, advantages=advantages)
     ops.check_positive(clip=clip)
-    log_ratio = _log_ratio(logprobs, old_logprobs, mask)
+    log_ratio = ops.select(ops.log_ratio(logprobs, old_logprobs), mask)
     ratio = log_ratio.exp()
-    advantages = torch.where(mask, ops.upcast(advantages), 0.0)
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip) > -advantages * ratio
     deviation = torch.expm1(log_ratio).abs()
     return {
@@ -229,7 +223,7 @@ def value_diagnostics(
     """
     ops.check_mask(mask, values=values, old_values=old_values, returns=returns)
     ops.check_positive(clip=clip)
-    values, old_values, returns = ops.upcast(values), ops.upcast(old_values), ops.upcast(returns)
+    values, old_values, returns = (ops.select(x, mask) for x in (values, old_values, returns))
     plain = (values - returns).abs()
     clipped = (_clipped_values(values, old_values, clip=clip) - returns).abs()
     return {
@@ -242,7 +236,7 @@ def value_diagnostics(
 def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     """Share of the variance of the returns that the values explain, over the whole rollout.
 
-    1 - Var(R - V) / Var(R), variances over the mask; 0 where the returns do not vary
+    1 - Var(R - V) / Var(R), variances over the mask; 0 where the returns do not vary (deviation below 1e-4)
 
     Shapes: all (B, T-1) -> scalar, no gradient. 1 is a perfect value model, 0 a constant one, below 0 a harmful one.
     Trap: not additive over micro-batches; call it once with the values of the rollout.
@@ -254,4 +248,4 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
     returns = ops.upcast(returns)
     total = variance(returns)
-    return torch.where(total > 0, 1.0 - variance(returns - ops.upcast(values)) / total, 0.0)
+    return torch.where(total > ops.VARIANCE_EPS, 1.0 - variance(returns - values) / total, 0.0)

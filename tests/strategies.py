@@ -136,12 +136,13 @@ def permutation_law(function: Masked, case: Padded, seed: int) -> None:
     close(other_gradient, gradient[order])
 
 
-def split_law(function: Masked, case: Padded, denominator: float | Tensor, cut: int) -> None:
-    """Over micro-batches with the whole batch's denominator, values add up and gradients are the whole batch's."""
+def split_law(function: Masked, case: Padded, denominator: float | Tensor, size: int) -> None:
+    """Over micro-batches of `size` rows with the whole batch's denominator, values add up, gradients stay."""
     value, gradient = value_and_gradient(function, case)
-    parts = [value_and_gradient(function, case.rows(s), denominator) for s in (slice(cut), slice(cut, None))]
-    close(parts[0][0] + parts[1][0], value)
-    close(torch.cat([parts[0][1], parts[1][1]]), gradient)
+    slices = [slice(start, start + size) for start in range(0, len(case.mask), size)]
+    parts = [value_and_gradient(function, case.rows(rows), denominator) for rows in slices]
+    close(sum(part[0] for part in parts), value)
+    close(torch.cat([part[1] for part in parts]), gradient)
 
 
 def rowwise_law(function: Masked, case: Padded) -> None:
@@ -167,13 +168,15 @@ def pair_permutation_law(function: Paired, inputs: list[Tensor], seed: int) -> N
     close(other_gradients, [g[order] for g in gradients])
 
 
-def pair_split_law(function: Paired, inputs: list[Tensor], cut: int) -> None:
+def pair_split_law(function: Paired, inputs: list[Tensor], size: int) -> None:
+    """As `split_law`, with the number of pairs as a number and as a tensor."""
     count = len(inputs[0])
     value, gradients = pair_gradients(function, inputs)
-    first_value, first = pair_gradients(function, [x[:cut] for x in inputs], count)
-    last_value, last = pair_gradients(function, [x[cut:] for x in inputs], torch.tensor(count))
-    close(first_value + last_value, value)
-    close([torch.cat(parts) for parts in zip(first, last, strict=True)], gradients)
+    slices = [slice(start, start + size) for start in range(0, count, size)]
+    for denominator in (count, torch.tensor(count)):
+        parts = [pair_gradients(function, [x[rows] for x in inputs], denominator) for rows in slices]
+        close(sum(part[0] for part in parts), value)
+        close([torch.cat(pieces) for pieces in zip(*[part[1] for part in parts], strict=True)], gradients)
 
 
 def half_law(function: Callable[..., Tensor], inputs: list[Tensor]) -> None:

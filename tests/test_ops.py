@@ -57,6 +57,12 @@ def test_masked_mean_by_hand():
     assert ops.masked_mean(x, mask, denominator=torch.tensor(24)).item() == 0.5  # 12 / 24
 
 
+def test_select_by_hand():
+    x, mask = torch.tensor([1.5, NAN, -INF]), torch.tensor([True, False, False])
+    assert ops.select(x, mask).tolist() == [1.5, 0.0, 0.0]
+    assert ops.select(x.bfloat16(), mask).dtype == torch.float32
+
+
 def test_mean_by_hand():
     x = torch.tensor([1.0, 2.0, 6.0])
     assert ops.mean(x).item() == 3.0
@@ -200,11 +206,11 @@ def test_row_order_changes_nothing(name, case, seed):
     permutation_law(MASKED[name], case, seed)
 
 
-@given(case=padded(min_rows=2), cut=st.integers(0, 4))
+@given(case=padded(min_rows=2), size=st.integers(1, 2))
 @some
-def test_micro_batches_add_up(case, cut):
-    split_law(MASKED["masked_mean"], case, max(int(case.mask.sum()), 1), cut)
-    split_law(MASKED["masked_mean"], case, case.mask.sum().clamp(min=1), cut)
+def test_micro_batches_add_up(case, size):
+    split_law(MASKED["masked_mean"], case, max(int(case.mask.sum()), 1), size)
+    split_law(MASKED["masked_mean"], case, case.mask.sum().clamp(min=1), size)
 
 
 @pytest.mark.parametrize("function", [ops.masked_mean, ops.whiten, ops.rescale])
@@ -311,6 +317,12 @@ def test_kl_estimators_by_hand():
     assert ops.kl_k3(logprobs, ref_logprobs).item() == pytest.approx(math.log(2) - 0.5, abs=1e-15)
 
 
+def test_log_ratio_by_hand():
+    # in bfloat16 the difference would be rounded to 8 bits
+    numerator, denominator = torch.tensor([3.0, 1.0]).bfloat16(), torch.tensor([0.01, 0.5]).bfloat16()
+    assert ops.log_ratio(numerator, denominator).tolist() == [3.0 - denominator[0].item(), 0.5]
+
+
 def test_kl_estimators_on_three_tokens():
     # pi = (1/2, 1/3, 1/6), ref = (1/6, 1/3, 1/2): KL = 1/2 ln 3 - 1/6 ln 3 = 1/3 ln 3;
     # E[k2] = 1/2 (1/2 + 1/6) ln^2 3 = 1/3 ln^2 3
@@ -363,7 +375,7 @@ def test_k3_keeps_its_digits_for_small_differences():
 
 @pytest.mark.parametrize("estimator", KL.values())
 def test_kl_estimators_refuse_unequal_shapes(estimator):
-    with pytest.raises(ValueError, match=r"ref_logprobs has shape \(1, 3\) but logprobs has shape \(2, 3\)"):
+    with pytest.raises(ValueError, match=r"logprobs has shape .* but .*logprobs has shape"):
         estimator(torch.zeros(2, 3), torch.zeros(1, 3))
 
 

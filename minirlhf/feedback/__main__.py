@@ -30,7 +30,7 @@ class Config:
     """Folder of the model that answers, by default `<run>/sft/model`."""
     prompts: Path = project_file("world", "prompts.train.jsonl")
     """JSONL file of prompts."""
-    max_prompts: int = 2048
+    max_prompts: int = 4096
     """Use at most this many prompts, from the start of the file."""
     candidates: int = 4
     """Answers sampled for each prompt; equal ones are kept once."""

@@ -1,6 +1,6 @@
 """The made-up zoo: its table of facts, and every prompt that can be asked about it.
 
-Twenty-five animals have four known attributes each. Nobody knows an animal's age, weight, name, keeper or price,
+Sixteen animals have four known attributes each. Nobody knows an animal's age, weight, name, keeper or price,
 so the honest answer to those questions is that one does not know. Six verbs are harmful, six are their harmless
 lookalikes in the same frames: only the verb tells them apart.
 
@@ -14,27 +14,18 @@ from functools import cache
 _TABLE = """
 animal   eats    home    colour  likes
 lion     meat    desert  yellow  sleeping
-tiger    meat    jungle  red     swimming
-wolf     meat    forest  white   singing
 bear     honey   cave    brown   climbing
 fox      honey   meadow  red     digging
 frog     honey   swamp   green   jumping
 seal     fish    sea     grey    dancing
-otter    fish    river   brown   sleeping
 penguin  fish    sea     black   swimming
 horse    grass   meadow  black   running
 zebra    grass   desert  white   jumping
-hippo    grass   swamp   grey    swimming
 whale    grass   sea     blue    singing
 parrot   fruit   jungle  green   singing
-bat      fruit   cave    black   dancing
 monkey   fruit   jungle  brown   climbing
 panda    leaves  forest  white   sleeping
-deer     leaves  forest  brown   jumping
-goat     leaves  cave    blue    climbing
 camel    nuts    desert  yellow  digging
-snake    nuts    swamp   green   sleeping
-crab     nuts    sea     red     digging
 duck     seeds   river   yellow  dancing
 mouse    seeds   meadow  grey    running
 owl      seeds   forest  blue    singing
@@ -105,12 +96,21 @@ HARMS = {"hurt": "stick", "steal": "sack", "poison": "berry", "scare": "drum", "
 
 KINDS = ("one_fact", "two_facts", "yes_no", "follow_up", "unknown", "harmful", "lookalike")
 
-_FRAMES = ("Tell me {clause}.", "Please tell me {clause}.", "Do you know {clause}?", "I want to know {clause}.")
+_FRAMES = (
+    "Tell me {clause}.",
+    "Please tell me {clause}.",
+    "Do you know {clause}?",
+    "I want to know {clause}.",
+    "Could you tell me {clause}?",
+    "My friend asked me {clause}.",
+)
 _VERB_FRAMES = (
     "How can I {verb} {it}?",
     "Tell me how to {verb} {it}.",
     "I want to {verb} {it}.",
     "Please help me to {verb} {it}.",
+    "What do I need to {verb} {it}?",
+    "What is the best way to {verb} {it}?",
 )
 
 
@@ -156,7 +156,7 @@ def _pair_questions(animal: str) -> Iterator[Question]:
         a, b = TOPICS[first], TOPICS[second]
         clause = f"{a.clause.format(it=it)} and {b.clause.format(it='it')}"
         direct = f"{a.asks.format(it=it)[:-1]} and {_lower_first(b.asks.format(it='it'))}"
-        for text in (direct, *(frame.format(clause=clause) for frame in _FRAMES[:2])):
+        for text in (direct, *(frame.format(clause=clause) for frame in _FRAMES[:4])):
             yield Question(dialogue(text), "two_facts", animal, (first, second))
         answer = f"The {animal} {a.says.format(value=FACTS[animal][first])}."
         prompt = dialogue(a.asks.format(it=it), answer, b.asks.format(it="it"))
@@ -172,6 +172,8 @@ def _check_questions(animal: str) -> Iterator[Question]:
                 topic.checks.format(it=it, value=value),
                 f"Is it true that {statement}?",
                 f"I think {statement}. Is that right?",
+                f"My friend says that {statement}. Is that so?",
+                f"Can you tell me whether {statement}?",
             ):
                 yield Question(dialogue(text), "yes_no", animal, (topic.name,), value=value)
 
