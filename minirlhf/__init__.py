@@ -1,3 +1,3 @@
-"""minirlhf: RLHF from scratch in plain PyTorch. The maths is in ops, ppo, dpo and bradley_terry; start reading there."""
+"""minirlhf: RLHF from scratch in plain PyTorch. Start reading in ops, ppo, dpo and bradley_terry."""
 
 __version__ = "0.1.0"

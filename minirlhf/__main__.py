@@ -72,7 +72,11 @@ def main(config: Config) -> dict[str, float]:
         seconds[name] = round(time.perf_counter() - started, 1)
     write_json(config.run / "seconds.json", seconds)
     print_examples(config.run / "answers.jsonl")
-    print("seconds:", ", ".join(f"{name} {value}" for name, value in seconds.items()), f"total {sum(seconds.values()):.0f}")
+    print(
+        "seconds:",
+        ", ".join(f"{name} {value}" for name, value in seconds.items()),
+        f"total {sum(seconds.values()):.0f}",
+    )
     print(f"curves: {plot_curves(config.run)}   summary: {config.run / 'summary.json'}   models: {config.run}/*/model")
     return seconds
 

@@ -125,7 +125,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return -(-count // batch_size)
 
 
-# ------------------------------------------------------------------------------------------------- from text to examples
+# ---------------------------------------------------------------------------------------------- from text to examples
 @dataclass(frozen=True)
 class Example:
     """One tokenised prompt with its response; the response's last id is EOS where the writer finished."""
@@ -218,9 +218,7 @@ def encode_comparison(encoding: tiktoken.Encoding, record: Record, *, max_length
     return Comparison(examples, pairs) if pairs else None
 
 
-def encode_comparisons(
-    encoding: tiktoken.Encoding, records: Sequence[Record], *, max_length: int
-) -> list[Comparison]:
+def encode_comparisons(encoding: tiktoken.Encoding, records: Sequence[Record], *, max_length: int) -> list[Comparison]:
     """Comparisons of pair or ranking records; those with nothing to compare are left out."""
     comparisons = [encode_comparison(encoding, r, max_length=max_length) for r in records]
     return [c for c in comparisons if c is not None]
@@ -261,9 +259,7 @@ def pad_comparisons(comparisons: Sequence[Comparison]) -> PairBatch:
     return PairBatch(pad([e for c in comparisons for e in c.examples]), torch.tensor(pairs))
 
 
-def pair_micro_batches(
-    comparisons: Sequence[C], max_tokens: int
-) -> Iterator[tuple[list[C], PairBatch]]:
+def pair_micro_batches(comparisons: Sequence[C], max_tokens: int) -> Iterator[tuple[list[C], PairBatch]]:
     """The comparisons in micro-batches of at most `max_tokens` positions, each with its PairBatch.
 
     A comparison is never divided, so every pair stays together.
@@ -280,7 +276,7 @@ def token_count(comparisons: Sequence[Comparison]) -> int:
     return sum(len(e.prompt_ids) + len(e.response_ids) for c in comparisons for e in c.examples)
 
 
-# ------------------------------------------------------------------------------------------------------- files of records
+# --------------------------------------------------------------------------------------------------- files of records
 def read_records(path: Path | str, fields: Sequence[str]) -> list[Record]:
     """The records of a JSONL file, each with the given text fields (`"a|b"`: either of the two).
 

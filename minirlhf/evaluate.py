@@ -130,7 +130,9 @@ class Evaluator:
     def reward(self, samples: data.Batch) -> Tensor:
         """(B,) scores of the reward model."""
         model = self.reward_model
-        return over_micro_batches(lambda part: model(part.tokens, part.lengths), samples, self.config.micro_batch_tokens)
+        return over_micro_batches(
+            lambda part: model(part.tokens, part.lengths), samples, self.config.micro_batch_tokens
+        )
 
     def measure(self, samples: Samples, *, kl_bound: float | None = None) -> Answers:
         """Judge one answer a prompt; with `kl_bound` the KL is not estimated from the samples."""

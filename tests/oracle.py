@@ -1,7 +1,7 @@
 """Straightforward re-implementations for tests: one row at a time, loops, float64. Shares no code with the package.
 
-A model here is a dict of named float64 tensors that require grad, GPT-2's equations are written out per row, and AdamW is
-the five lines of its paper. Slow and plain on purpose.
+A model here is a dict of named float64 tensors that require grad, GPT-2's equations are written out per row, and
+AdamW is the five lines of its paper. Slow and plain on purpose.
 """
 
 from __future__ import annotations

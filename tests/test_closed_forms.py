@@ -2,8 +2,8 @@
 
 max E_pi[r(x, y)] - beta KL(pi || ref) has the solution pi*(y|x) = ref(y|x) exp(r(x, y) / beta) / Z(x)
 (Rafailov et al. 2023, eq. 4). Over a handful of tokens and at most three of them a response, all responses can be
-enumerated, so the distance to pi* is exact. PPO goes through the real rollout, GAE and update; DPO through its real loss
-on every pair, each weighted by its Bradley-Terry probability.
+enumerated, so the distance to pi* is exact. PPO goes through the real rollout, GAE and update; DPO through its real
+loss on every pair, each weighted by its Bradley-Terry probability.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from minirlhf.rollout import collect
 
 V, LONGEST, EOS = 3, 3, 2
 PROMPT = [0, 1]
-STEPS = 200  # of DPO
+STEPS = 100  # of DPO
 
 
 def tiny(seed: int) -> GPT:
@@ -80,7 +80,7 @@ def test_ppo_converges_to_the_optimum(beta: float) -> None:
     reference = copy.deepcopy(policy).requires_grad_(False)
     value_model = ValueModel.from_reward_model(RewardModel.from_gpt(policy, generator=torch.Generator().manual_seed(1)))
     config = train_ppo.Config(
-        epochs=2, minibatches=2, rollout_size=512, iterations=100, beta=beta, temperature=1.0, seed=0
+        epochs=2, minibatches=2, rollout_size=256, iterations=60, beta=beta, temperature=1.0, seed=0
     )
     state = train_ppo.State(
         policy, value_model, adamw(policy, learning_rate=0, eps=1e-5), adamw(value_model, learning_rate=0), None
@@ -90,7 +90,7 @@ def test_ppo_converges_to_the_optimum(beta: float) -> None:
     for iteration in range(config.iterations):
         state.iteration = iteration
         for optimizer in (state.policy_optimizer, state.value_optimizer):
-            set_learning_rate(optimizer, 5e-3 * linear_schedule(iteration, config.iterations))
+            set_learning_rate(optimizer, 1e-2 * linear_schedule(iteration, config.iterations))
         rollout = collect(
             policy,
             reference,
@@ -121,7 +121,7 @@ def test_dpo_converges_to_the_optimum(beta: float) -> None:
     ref = train_dpo.seq_logprobs(reference, EVERYTHING).detach()
     optimizer = adamw(policy, learning_rate=0)
     for step in range(STEPS):
-        set_learning_rate(optimizer, 1e-2 * linear_schedule(step, STEPS))
+        set_learning_rate(optimizer, 2e-2 * linear_schedule(step, STEPS))
         optimizer.zero_grad()
         expected_dpo_loss(train_dpo.seq_logprobs(policy, EVERYTHING), ref, beta).backward()
         optimizer.step()

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 
+import oracle
 import pytest
 import torch
 from torch import Tensor
 
-import oracle
 import train_dpo
 import train_ppo
 import train_reward
@@ -70,9 +70,7 @@ def test_sft_steps(micro_batch_tokens: int) -> None:
         rows = [EXAMPLES[i] for i in halves(step)]
         tokens = sum(len(e.response_ids) for e in rows)
         loss = -sum(oracle.response_logprobs(p, e.prompt_ids, e.response_ids, HEADS).sum() for e in rows) / tokens
-        metrics = train_sft.train_step(
-            state, data.pad(rows), micro_batch_tokens=micro_batch_tokens, max_grad_norm=0.5
-        )
+        metrics = train_sft.train_step(state, data.pad(rows), micro_batch_tokens=micro_batch_tokens, max_grad_norm=0.5)
         torch.testing.assert_close(metrics["loss"].double(), loss.detach(), atol=1e-9, rtol=1e-9)
         adam.step(loss, learning_rate=1e-2, max_norm=0.5)
     assert_same(model, p)
@@ -112,9 +110,7 @@ def test_dpo_steps(micro_batch_tokens: int) -> None:
     policy = new_gpt(2)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     p, ref = oracle.parameters_of(policy), oracle.parameters_of(reference)
-    config = train_dpo.Config(
-        beta=0.3, label_smoothing=0.1, max_grad_norm=1.0, micro_batch_tokens=micro_batch_tokens
-    )
+    config = train_dpo.Config(beta=0.3, label_smoothing=0.1, max_grad_norm=1.0, micro_batch_tokens=micro_batch_tokens)
     state = train_dpo.State(policy, adamw(policy, learning_rate=1e-2))
     adam = oracle.AdamW(p, eps=1e-8, weight_decay=0.0)
     comparisons = train_dpo.with_reference(reference, COMPARISONS, CPU, max_tokens=micro_batch_tokens)
@@ -149,7 +145,9 @@ def oracle_logprobs(p: oracle.Params, e: Example) -> Tensor:
     """At the sampling temperature: scaling the tied head's logits is scaling the final norm's output."""
     states = oracle.hidden(p, e.prompt_ids + e.response_ids, HEADS)
     logits = states[len(e.prompt_ids) - 1 : -1] @ p["wte.weight"].T / TEMPERATURE
-    return torch.stack([row[token] - torch.logsumexp(row, 0) for row, token in zip(logits, e.response_ids, strict=True)])
+    return torch.stack(
+        [row[token] - torch.logsumexp(row, 0) for row, token in zip(logits, e.response_ids, strict=True)]
+    )
 
 
 def oracle_experience(
@@ -210,7 +208,11 @@ def test_ppo_steps(micro_batch_tokens: int) -> None:
         clip=CLIP, value_clip=0.05, temperature=TEMPERATURE, max_grad_norm=0.5, micro_batch_tokens=micro_batch_tokens
     )
     state = train_ppo.State(
-        policy, value_model, adamw(policy, learning_rate=1e-2, eps=1e-5), adamw(value_model, learning_rate=2e-2, eps=1e-5), None
+        policy,
+        value_model,
+        adamw(policy, learning_rate=1e-2, eps=1e-5),
+        adamw(value_model, learning_rate=2e-2, eps=1e-5),
+        None,
     )
     adam = oracle.AdamW(p, eps=1e-5, weight_decay=0.0)
     value_adam = oracle.AdamW(v, eps=1e-5, weight_decay=0.0)

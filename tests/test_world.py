@@ -215,7 +215,7 @@ def test_prompts_of_another_world_are_refused_in_words() -> None:
 
 
 def test_the_table_is_complete_and_varied() -> None:
-    assert len(FACTS) == 25
+    assert len(FACTS) == 16
     for name in KNOWN:
         counts = Counter(FACTS[animal][name] for animal in FACTS)
         assert len(counts) == 8 and max(counts.values()) <= 4  # no value can be guessed without the animal
@@ -230,7 +230,7 @@ def test_splits_are_disjoint_and_large_enough() -> None:
     }
     everything = list(itertools.chain(*prompts.values()))
     assert len(set(everything)) == len(everything) >= 2500
-    assert len(prompts["test"]) >= 500 and len(prompts["validation"]) >= 300
+    assert len(prompts["test"]) >= 500 and len(prompts["validation"]) >= 250
     for split in ("train", "validation"):
         assert {record["prompt"] for record in read(f"demonstrations.{split}.jsonl")} == set(prompts[split])
     for split in prompts:
@@ -409,7 +409,7 @@ def test_rankings_depend_on_seed_and_key_alone() -> None:
     assert first != [world.Labeller(temperature=2.0, seed=2).rank(EATS, responses, key) for key in keys]
 
 
-def test_default_labels_agree_with_the_judge_on_nine_pairs_in_ten() -> None:
+def test_default_labels_agree_with_the_judge_on_nineteen_pairs_in_twenty() -> None:
     agree = []
     for i, record in enumerate(read("prompts.train.jsonl")[:600]):
         prompt = record["prompt"]
@@ -419,7 +419,7 @@ def test_default_labels_agree_with_the_judge_on_nine_pairs_in_ten() -> None:
         for a, b in itertools.combinations(range(4), 2):
             if abs(totals[a] - totals[b]) > 1e-9:
                 agree.append((totals[a] > totals[b]) == (ranks[a] < ranks[b]))
-    assert 0.88 < statistics.mean(agree) < 0.93
+    assert 0.94 < statistics.mean(agree) < 0.98
 
 
 @pytest.mark.parametrize("setting", [{"temperature": -1.0}, {"temperature": math.nan}, {"noise": 1.5}, {"noise": -0.1}])

@@ -1,6 +1,6 @@
 """Gather feedback: sample K answers to each prompt from the SFT model and have a simulated person rank them.
 
-    python -m minirlhf.feedback             # after train_sft.py, about ten seconds; writes <run>/feedback/rankings.jsonl
+    python -m minirlhf.feedback             # after train_sft.py; writes <run>/feedback/rankings.jsonl
 
 The simulated labeller knows the embedded world's judge and errs as people do: it prefers the better answer with a
 probability that grows with the difference (Boltzmann-rational), and can be made noisier or fond of length.
@@ -90,7 +90,11 @@ def main(config: Config) -> Path:
     rankings = [r for r in records if len(r["responses"]) >= 2]
     data.write_records(config.run / "feedback" / "rankings.jsonl", rankings)
     tokens = sum(len(ids) for r in records for ids in r["response_ids"])
-    log.row(0, {**statistics(records), "reencoded_differently": sum(reencoded_differently(encoding, r) for r in records)}, tokens=tokens)
+    log.row(
+        0,
+        {**statistics(records), "reencoded_differently": sum(reencoded_differently(encoding, r) for r in records)},
+        tokens=tokens,
+    )
     log.close()
     return config.run / "feedback" / "rankings.jsonl"
 

@@ -5,6 +5,7 @@ Boltzmann-rational on the judge's total: a ranking is drawn from the Plackett-Lu
     u_i = (total_i + length_bias * words_i) / temperature
 
 so that of two responses the first is preferred with probability sigmoid(u_1 - u_2). Plackett (1975), Luce (1959).
+Responses of equal worth draw the same noise and so tie: who sees no difference says so, instead of tossing a coin.
 """
 
 import math
@@ -16,7 +17,7 @@ from minirlhf.world.judge import judge
 
 Key = int | str | tuple["Key", ...]
 
-TEMPERATURE = 0.25  # in units of the judge's total; labels then agree with the judge on about nine in ten pairs
+TEMPERATURE = 0.15  # in units of the judge's total; labels then agree with the judge on about 19 of 20 pairs that differ
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Labeller:
     def rank(self, prompt: str, responses: Sequence[str], key: Key) -> list[int]:
         """The rank of each response: 0 is best, equal texts have equal ranks, no rank is left out.
 
-        The draws are keyed by (seed, key, response), not by the order of calls or of responses. `key` says which
+        The draws are keyed by (seed, key, worth), not by the order of calls or of responses. `key` says which
         ranking this is, for example (prompt index, round): an int, a str, or a tuple of them.
         """
         worth = {text: self._worth(prompt, text, key) for text in responses}
@@ -57,7 +58,7 @@ class Labeller:
         if self.temperature == 0:
             return worth
         # Sorting by utility plus Gumbel noise draws from Plackett-Luce.
-        uniform = 1.0 - self._stream("worth", key, response).random()  # (0, 1], so that the logarithm is finite
+        uniform = 1.0 - self._stream("worth", key, round(worth, 9)).random()  # (0, 1], so that the logarithm is finite
         gumbel = -math.log(max(-math.log(uniform), 1e-300))
         return worth / self.temperature + gumbel
 
