@@ -59,7 +59,7 @@ class Config:
     """Optimizer steps of linear warm-up."""
     max_grad_norm: float = 1.0
     """Gradients are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int = 2048
     """Padded tokens a forward pass; changes memory and speed, not the gradient."""
     validation_every: int = 50
     """Optimizer steps between two measurements on held-out comparisons."""

@@ -84,7 +84,7 @@ class Config:
     """Initial learning rate of the value model's AdamW."""
     max_grad_norm: float = 1.0
     """Gradients of each model are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int = 2048
     """Padded tokens a forward pass; changes memory and speed, not the gradient."""
     seed: int = 0
     """Seed of prompt order, sampling and minibatches."""

@@ -49,11 +49,11 @@ class Config:
     """Answers sampled to normalise the score."""
     max_new_tokens: int = 32
     """Length limit of those answers in tokens."""
-    epochs: float = 1.0
-    """Passes over the prompts. More than one overfits to the labels soon (Ouyang et al. 2022, section 3.5)."""
-    batch_size: int = 32
+    epochs: float = 2.0
+    """Passes over the prompts. Many overfit to the labels; watch the held-out loss."""
+    batch_size: int = 16
     """Prompts an optimizer step, each with all its responses."""
-    learning_rate: float = 5e-4
+    learning_rate: float = 7e-4
     """Peak learning rate of AdamW; warms up linearly, then falls linearly to 0."""
     warmup_steps: int = 20
     """Optimizer steps of linear warm-up."""
@@ -61,7 +61,7 @@ class Config:
     """AdamW's decay of matrices."""
     max_grad_norm: float = 1.0
     """Gradients are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: int = 2048
     """Padded tokens a forward pass; changes memory and speed, not the gradient."""
     seed: int = 0
     """Seed of the head, the split, the data order and the reference samples."""
@@ -78,6 +78,7 @@ PRESETS = {
         run=Path("runs/gpt2"),
         reference_samples=1024,
         max_new_tokens=64,
+        epochs=1.0,  # more overfits to the labels: Ouyang et al. 2022, section 3.5
         batch_size=64,  # Stiennon et al. 2020, appendix B.1: 64 comparisons a batch, one epoch
         learning_rate=5e-5,  # Ziegler et al. 2019, released code, reward model on GPT-2 small
         weight_decay=0.0,

@@ -42,7 +42,7 @@ class Config:
     """Folder of a GPT-2 model to start from; by default a new model of the sizes below."""
     tokenizer: str = "world"
     """`world`, `gpt2`, `bytes` or a folder with GPT-2 tokenizer files."""
-    n_layer: int = 4
+    n_layer: int = 3
     """Transformer blocks of a new model."""
     n_head: int = 4
     """Attention heads of a new model."""
@@ -52,9 +52,9 @@ class Config:
     """Context of a new model in tokens; longer rows lose the start of their prompt."""
     epochs: float = 4.0
     """Passes over the training records."""
-    batch_size: int = 64
+    batch_size: int = 32
     """Records an optimizer step."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Peak learning rate of AdamW; warms up linearly, then follows a cosine down to a tenth."""
     warmup_steps: int = 20
     """Optimizer steps of linear warm-up."""
@@ -62,9 +62,9 @@ class Config:
     """AdamW's decay of matrices; biases and LayerNorms are not decayed."""
     max_grad_norm: float = 1.0
     """Gradients are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: int = 4096
+    micro_batch_tokens: int = 1024
     """Padded tokens a forward pass; changes memory and speed, not the gradient."""
-    validation_every: int = 50
+    validation_every: int = 100
     """Optimizer steps between two measurements of the held-out loss."""
     seed: int = 0
     """Seed of initial weights and data order."""
