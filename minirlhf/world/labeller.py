@@ -18,7 +18,7 @@ from minirlhf.world.judge import judge
 Key = int | str | tuple["Key", ...]
 
 TEMPERATURE = (
-    0.15  # in units of the judge's total; labels then agree with the judge on about 19 of 20 pairs that differ
+    0.15  # in units of the judge's total; about 19 of 20 labels then agree with the judge
 )
 
 
