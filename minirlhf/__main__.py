@@ -29,7 +29,7 @@ from minirlhf.runtime import run_script
 @dataclass
 class Config:
     preset: Literal["tiny", "smoke"] = "tiny"
-    """`tiny` is the demo; `smoke` goes through every stage in seconds and learns nothing."""
+    """`tiny` is the demo; `smoke` goes through every stage in seconds and learns little."""
     run: Path = Path("runs/tiny")
     """Folder of the run."""
     seed: int = 0
@@ -42,8 +42,8 @@ PRESETS = {"tiny": Config(), "smoke": Config(preset="smoke", run=Path("runs/smok
 
 # What the smoke preset makes smaller in each stage.
 SMOKE: dict[str, dict[str, Any]] = {
-    "sft": {"epochs": 0.3, "n_layer": 2, "n_head": 2, "n_embd": 32},
-    "feedback": {"max_prompts": 128},
+    "sft": {"epochs": 1.0, "n_layer": 2, "n_head": 2, "n_embd": 64},
+    "feedback": {"max_prompts": 256},
     "reward": {"reference_samples": 64},
     "ppo": {"iterations": 3, "rollout_size": 32},
     "dpo": {"epochs": 1.0},
