@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import data, tokenizer
-from minirlhf.feedback.collect import response_text
+from minirlhf.feedback.collect import SLOTS, response_text
 from minirlhf.generate import Samples, generate
 from minirlhf.metrics import write_json
 from minirlhf.model import GPT
@@ -125,6 +125,7 @@ class Evaluator:
             eos_id=self.encoding.eot_token,
             seed=self.config.seed,
             keys=[(Stream.EVALUATION, i, k) for i, k in rows],
+            slots=SLOTS,
         )
 
     def reward(self, samples: data.Batch) -> Tensor:

@@ -12,6 +12,8 @@ from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.runtime import Stream
 
+SLOTS = 1024  # rows decoded at a time: bounds the KV cache; answers stay the same but for rounding
+
 
 def collect(
     policy: GPT,
@@ -38,6 +40,7 @@ def collect(
         temperature=temperature,
         seed=seed,
         keys=[(Stream.FEEDBACK, i, k) for i in range(len(ids)) for k in range(candidates)],
+        slots=SLOTS,
     )
     sampled = samples.response_ids()
     records = []
