@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minirlhf.ops import upcast
+from minirlhf.runtime import UserError
 
 MAX_LOGITS = 2**24  # elements of one (rows, V) chunk of logits in `GPT.logprobs`: 64 MB in float32
 
@@ -310,7 +311,7 @@ CONV1D_WEIGHT = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
 FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of the number formats that weights may have
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError, ValueError):
     """A model folder that cannot be read as what was asked for: what, where and how to fix it, in one line."""
 
 
