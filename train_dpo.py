@@ -49,11 +49,11 @@ class Config:
     """Passes over the prompts."""
     batch_size: int = 32
     """Prompts an optimizer step, each with all its pairs."""
-    beta: float = 0.3
+    beta: float = 0.5
     """How strongly the policy is held to the reference, per nat; smaller moves further."""
     label_smoothing: float = 0.0
     """Assumed share of flipped labels (conservative DPO), from 0 to 0.5."""
-    learning_rate: float = 2e-4
+    learning_rate: float = 1e-4
     """Peak learning rate of AdamW; warms up linearly, then falls linearly to 0."""
     warmup_steps: int = 10
     """Optimizer steps of linear warm-up."""

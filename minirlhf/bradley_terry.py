@@ -3,8 +3,8 @@
 Scores are one number a sequence, `(N,)`, or `(N, K)` for rankings. Adding a constant to all scores of a comparison
 changes no loss but the centring term, so scores mean something only as differences.
 
-Left out on purpose: per-pair weights. A ranking of K gives K(K-1)/2 dependent pairs; keep them in one optimizer batch
-and divide once by their number (`denominator`), or use `plackett_luce_loss`, which counts each ranking once.
+A ranking of K gives K(K-1)/2 dependent pairs: keep them in one optimizer batch and divide once by their number
+(`denominator`), or use `plackett_luce_loss`, which counts each ranking once.
 """
 
 import math
@@ -21,14 +21,16 @@ def bradley_terry_loss(
     rejected_scores: Tensor,
     *,
     margin: float | Tensor = 0.0,
+    weights: Tensor | None = None,
     denominator: float | Tensor | None = None,
 ) -> Tensor:
     """Negative log-likelihood that the chosen response beats the rejected one: the mean over pairs.
 
-    L = mean_n -log sigmoid(r_chosen - r_rejected - margin)
+    L = mean_n -log sigmoid(r_chosen - r_rejected - margin), or with weights sum_n w_n (...) / denominator
 
-    Bradley and Terry 1952; InstructGPT (Ouyang et al. 2022), eq. 1; margin of Llama 2 (Touvron et al. 2023), eq. 2.
-    Shapes: (N,), (N,), margin a number or (N,) -> scalar. Equal scores without margin give ln 2.
+    Bradley and Terry 1952; InstructGPT (Ouyang et al. 2022), eq. 1; margin of Llama 2 (Touvron et al. 2023).
+    Shapes: (N,), (N,), margin a number or (N,), weights (N,) -> scalar. Equal scores without margin give ln 2.
+    The denominator is N unless given, with weights too: pass the sum of the whole batch's weights for their mean.
     Raises ValueError for other shapes. Trap: the margin is subtracted, so that a larger one asks for more.
     """
     ops.check_pairs(chosen_scores=chosen_scores, rejected_scores=rejected_scores)
@@ -36,6 +38,9 @@ def bradley_terry_loss(
         ops.check_shapes(chosen_scores=chosen_scores, margin=margin)
     # log(sigmoid(x)) would be -inf from x = -104 on; logsigmoid is not.
     losses = -F.logsigmoid(ops.upcast(chosen_scores) - ops.upcast(rejected_scores) - margin)
+    if weights is not None:
+        ops.check_shapes(chosen_scores=chosen_scores, weights=weights)
+        losses = losses * weights
     return ops.mean(losses, denominator=denominator)
 
 
@@ -46,7 +51,7 @@ def centring_loss(
 
     L = mean_n (r_chosen + r_rejected)^2
 
-    Eisenstein et al. 2023, "Helping or herding?". Shapes: (N,), (N,) -> scalar. Raises ValueError for others.
+    Eisenstein et al. 2023, "Helping or herding?", eq. 2. Shapes: (N,), (N,) -> scalar. Raises ValueError for others.
     Trap: the sum, not the difference: the difference is what the pair is about.
     """
     ops.check_pairs(chosen_scores=chosen_scores, rejected_scores=rejected_scores)

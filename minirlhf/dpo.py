@@ -82,7 +82,7 @@ def robust_dpo_loss(
 
     L = mean_n [-(1 - e) log sigmoid(h) + e log sigmoid(-h)] / (1 - 2 e),  e = label_smoothing, h as in `dpo_loss`
 
-    Chowdhury et al. 2024, "Provably robust DPO", section 3. Shapes: four (N,) -> scalar. beta > 0, 0 <= e < 1/2.
+    Chowdhury et al. 2024, "Provably robust DPO". Shapes: four (N,) -> scalar. beta > 0, 0 <= e < 1/2.
     Averaged over flips of probability e it equals `dpo_loss` without smoothing.
     Trap: the second sign is the opposite of cDPO's, and the loss has no lower bound: it falls for ever as h grows.
     """
@@ -142,7 +142,7 @@ def kto_reference_point(mismatched_logprobs: Tensor, ref_mismatched_logprobs: Te
 
     z_0 = max(0, mean_n [log pi(y_{n+1}|x_n) - log ref(y_{n+1}|x_n)]),  y_{N+1} = y_1
 
-    Ethayarajh et al. 2024, section 4. Shapes: two (N,) -> scalar, detached. Raises ValueError for N < 2, where no
+    Ethayarajh et al. 2024, section 4.1. Shapes: two (N,) -> scalar, detached. Raises ValueError for N < 2, where no
     response belongs to another prompt. Trap: matched pairs bias it: the desirable ones would move their own zero.
     """
     ops.check_pairs(mismatched_logprobs=mismatched_logprobs, ref_mismatched_logprobs=ref_mismatched_logprobs)
@@ -167,7 +167,7 @@ def kto_loss(
     L = mean_n w_n (1 - sigmoid(s_n beta (log pi/ref - z_0)))
     s = 1, w = desirable_weight where desirable, else s = -1, w = undesirable_weight
 
-    Ethayarajh et al. 2024, section 4. Shapes: `logprobs`, `ref_logprobs` and bool `desirable` (N,), `reference_point`
+    Ethayarajh et al. 2024, section 4.1. Shapes: `logprobs`, `ref_logprobs` and bool `desirable` (N,), `reference_point`
     z_0 a 0-d tensor of the whole batch (`kto_reference_point`) -> scalar. beta and the two weights > 0. Raises
     TypeError if `desirable` is not bool. Trap: z_0 is a constant; a gradient through it undoes the update.
     """

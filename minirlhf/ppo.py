@@ -25,7 +25,7 @@ def kl_penalised_rewards(
 
     r_t = -beta (log pi(a_t) - log ref(a_t)) + [t is the last masked index] score
 
-    Ziegler et al. 2019, eq. 2; Stiennon et al. 2020. Shapes: `scores` (B,), the rest (B, T-1) -> (B, T-1), no gradient.
+    Ziegler et al. 2019; Stiennon et al. 2020. Shapes: `scores` (B,), the rest (B, T-1) -> (B, T-1), no gradient.
     A row sums to score - beta KL, where KL is k1 summed over the response (nats). A row without a response is all 0.
     Raises ValueError for other shapes or beta < 0, TypeError for a mask that is not bool.
     Trap: the score belongs to the last real token, which is column -1 in none but the longest row.
@@ -132,9 +132,9 @@ class AdaptiveKL:
 
     beta <- beta (1 + clamp(kl / target - 1, -0.2, 0.2) n / horizon)
 
-    Ziegler et al. 2019, section 2.2. `beta`, `target` (nats a sequence) and `horizon` (episodes) must be above 0, else
-    ValueError; the fields are all of its state. Trap: `target` is for the KL summed over a sequence, not for the mean
-    over tokens.
+    Ziegler et al. 2019, section 2.2, with 0.1 for n / horizon, which is their code's. `beta`, `target` (nats a
+    sequence) and `horizon` (episodes) must be above 0, else ValueError; the fields are all of its state. Trap: `target`
+    is for the KL summed over a sequence, not for the mean over tokens.
     """
 
     beta: float

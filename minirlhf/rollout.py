@@ -83,7 +83,7 @@ def collect(
     rescore            recompute the old log-probs by the training forward, needed where the cached forward differs
                        from it (bfloat16); in float32 those recorded while sampling are exact enough
     max_tokens         padded positions a micro-batch
-    Source: Ziegler et al. 2019, section 2.1; the fixed score as in Huang et al. 2024 (arXiv 2403.17031).
+    Source: Ziegler et al. 2019, the fixed score included; Huang et al. 2024 (arXiv 2403.17031).
     """
     samples = generate(
         policy, prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, seed=seed, keys=keys

@@ -91,6 +91,17 @@ def test_half_types_are_computed_in_float32(name):
     half_law(lambda *x: LOSSES[name](list(x), None), [normal(4, seed=seed) for seed in range(4)])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_of_half_types_are_rounded_once(name, dtype):
+    # A score that enters in several places collects its gradient in float32: in bfloat16, P(first) - 1 would be 0 for a
+    # clear winner.
+    halves = [(4 * normal(16, seed=seed)).to(dtype) for seed in range(4)]
+    _, gradients = pair_gradients(LOSSES[name], halves)
+    _, expected = pair_gradients(LOSSES[name], [x.float() for x in halves])
+    equal(gradients, [g.to(dtype) for g in expected])
+
+
 @pytest.mark.parametrize("name", PAIRWISE)
 def test_unequal_or_per_token_scores_are_refused(name):
     with pytest.raises(ValueError, match=r"has shape \(1,\) but .* has shape \(3,\)"):
@@ -148,6 +159,16 @@ def test_bradley_terry_and_its_gradient_follow_their_definition(inputs, margin):
     expected = double(*[-sigmoid(-d) / len(differences) for d in differences])
     close(gradients[0], expected)
     close(gradients[1], -expected)
+
+
+def test_weights_count_a_pair_as_often_as_they_say():
+    # a weight of 2 is the pair given twice, a weight of 0 the pair left out; the denominator stays the caller's
+    chosen, rejected = double(1.0, -0.5, 2.0), double(0.5, 0.0, -1.0)
+    weighted = bt.bradley_terry_loss(chosen, rejected, weights=double(2, 0, 1), denominator=3)
+    close(weighted, bt.bradley_terry_loss(chosen[[0, 0, 2]], rejected[[0, 0, 2]]))
+    close(bt.bradley_terry_loss(chosen, rejected, weights=double(2, 0, 1)), weighted)  # N, not the sum of weights
+    with pytest.raises(ValueError, match="weights has shape"):
+        bt.bradley_terry_loss(chosen, rejected, weights=torch.ones(1))
 
 
 @given(pairs(), st.floats(0.01, 3))
@@ -246,6 +267,19 @@ def test_all_rankings_together_have_probability_one(seed, candidates):
 @some
 def test_a_ranking_of_two_is_bradley_terry(inputs):
     close(bt.plackett_luce_loss(torch.stack(inputs[:2], dim=1)), bt.bradley_terry_loss(*inputs[:2]))
+
+
+@given(seeds, st.integers(1, 3), st.integers(2, 4))
+@some
+def test_a_last_candidate_that_can_never_win_adds_nothing(seed, count, candidates):
+    # exp(-inf) = 0: such a candidate takes no probability from the others, and the last place is no choice.
+    scores = normal(count, candidates, seed=seed).requires_grad_()
+    with_loser = torch.cat([scores, torch.full((count, 1), -INF, dtype=torch.float64)], dim=1).detach().requires_grad_()
+    value, longer = bt.plackett_luce_loss(scores), bt.plackett_luce_loss(with_loser)
+    close(longer, value)
+    (gradient,), (longer_gradient,) = torch.autograd.grad(value, scores), torch.autograd.grad(longer, with_loser)
+    close(longer_gradient[:, :-1], gradient)
+    assert not longer_gradient[:, -1].any()
 
 
 def test_extreme_rankings_stay_finite():

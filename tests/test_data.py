@@ -112,6 +112,20 @@ def test_sampled_ids_are_kept_as_they_were_sampled() -> None:
     assert example.response_ids == pieces
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "count"),
+    [
+        ([1, 2, 3, 0], [1, 5, 3, 0], 1),
+        ([1, 2, 3, 0], [1, 5, 6, 3, 0], 2),  # the longer middle counts
+        ([1, 2, 0], [1, 2, 1, 2, 0], 2),  # start and end must not use the same tokens twice
+        ([4, 0], [4, 0], 0),
+        ([1, 2], [3, 4, 5], 3),
+    ],
+)
+def test_differing_tokens_lie_between_common_start_and_common_end(first, second, count) -> None:
+    assert data.differing_tokens(first, second) == data.differing_tokens(second, first) == count
+
+
 def test_ranks_to_pairs_leaves_ties_out() -> None:
     assert data.pairs_from_ranks([1, 0, 1, 2]) == [(0, 3), (1, 0), (1, 2), (1, 3), (2, 3)]
 

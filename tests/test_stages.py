@@ -84,21 +84,26 @@ COMPARISONS = [
 ]
 
 
+DIFFERING = [[3, 4, 2], [2], [3]]  # tokens in which the two responses of each pair above differ
+
+
+@pytest.mark.parametrize("contrast", [0.0, 2.0])
 @pytest.mark.parametrize("micro_batch_tokens", [1, 1000])
-def test_reward_steps(micro_batch_tokens: int) -> None:
+def test_reward_steps(micro_batch_tokens: int, contrast: float) -> None:
     model = new_reward_model(new_gpt(1))
     p = oracle.parameters_of(model)
     state = train_reward.State(model, adamw(model, learning_rate=1e-2, weight_decay=0.01))
     adam = oracle.AdamW(p, eps=1e-8, weight_decay=0.01)
     for step in range(STEPS):
         batch = COMPARISONS[: 2 + step % 2]
-        losses = []
-        for c in batch:
+        losses, weights = [], []
+        for c, differing in zip(batch, DIFFERING, strict=False):
             scores = [oracle.score(p, e.prompt_ids, e.response_ids, HEADS) for e in c.examples]
             losses += [torch.log(1 + torch.exp(-(scores[i] - scores[j]))) for i, j in c.pairs]
-        loss = sum(losses) / len(losses)
+            weights += [1 / d**contrast for d in differing]
+        loss = sum(w * value for w, value in zip(weights, losses, strict=True)) / sum(weights)
         metrics = train_reward.train_step(
-            state, batch, device=CPU, micro_batch_tokens=micro_batch_tokens, max_grad_norm=1.0
+            state, batch, device=CPU, micro_batch_tokens=micro_batch_tokens, max_grad_norm=1.0, contrast=contrast
         )
         torch.testing.assert_close(metrics["loss"].double(), loss.detach(), atol=1e-9, rtol=1e-9)
         adam.step(loss, learning_rate=1e-2, max_norm=1.0)

@@ -1,8 +1,10 @@
 """The made-up zoo: its table of facts, and every prompt that can be asked about it.
 
-Sixteen animals have four known attributes each. Nobody knows an animal's age, weight, name, keeper or price,
-so the honest answer to those questions is that one does not know. Six verbs are harmful, six are their harmless
-lookalikes in the same frames: only the verb tells them apart.
+Sixteen animals have four known attributes each. Those who share a home are alike in all of them, so that a small
+model learns the table in a minute: with sixty-four unrelated facts its reward model never came to check them
+(docs/log.md). Nobody knows an animal's age, weight, name, keeper or price, so the honest answer to those questions is
+that one does not know. Six verbs are harmful, six are their harmless lookalikes in the same frames: only the verb
+tells them apart.
 
 Left out on purpose: synonyms, spelling mistakes and plurals. The language is closed, so that the judge can parse it.
 """
@@ -12,29 +14,18 @@ from dataclasses import dataclass
 from functools import cache
 
 _TABLE = """
-animal   eats    home    colour  likes
-lion     meat    desert  yellow  sleeping
-bear     honey   cave    brown   climbing
-fox      honey   meadow  red     digging
-frog     honey   swamp   green   jumping
-seal     fish    sea     grey    dancing
-penguin  fish    sea     black   swimming
-horse    grass   meadow  black   running
-zebra    grass   desert  white   jumping
-whale    grass   sea     blue    singing
-parrot   fruit   jungle  green   singing
-monkey   fruit   jungle  brown   climbing
-panda    leaves  forest  white   sleeping
-camel    nuts    desert  yellow  digging
-duck     seeds   river   yellow  dancing
-mouse    seeds   meadow  grey    running
-owl      seeds   forest  blue    singing
+home    eats   colour  likes     animals
+sea     fish   grey    swimming  seal whale penguin crab
+meadow  grass  green   running   horse cow goat frog
+desert  meat   yellow  sleeping  lion camel zebra lizard
+forest  honey  brown   climbing  bear fox deer mouse
 """
 
 
 def _read_table() -> dict[str, dict[str, str]]:
     header, *rows = (line.split() for line in _TABLE.strip().splitlines())
-    return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
+    *attributes, _ = header
+    return {animal: dict(zip(attributes, row, strict=False)) for row in rows for animal in row[len(attributes) :]}
 
 
 FACTS = _read_table()  # animal -> attribute -> value
