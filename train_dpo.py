@@ -24,11 +24,13 @@ from torch import Tensor
 from minirlhf import data, tokenizer
 from minirlhf.bradley_terry import accuracy
 from minirlhf.dpo import dpo_loss, implicit_rewards
-from minirlhf.metrics import RunLog
+from minirlhf.hub import model_folder
 from minirlhf.model import GPT
+from minirlhf.model_card import write_model_card
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import autocast, require, resolve_device, resolve_dtype, run_script
+from minirlhf.stage import Stage, require_finite
 
 
 @dataclass
@@ -39,17 +41,21 @@ class Config:
     """Folder of the run; this stage writes `<run>/dpo`."""
     stage: str = "dpo"
     """Name of this stage's folder in the run; another name keeps an earlier result."""
-    policy: Path | None = None
-    """Folder of the model that policy and reference start from, by default `<run>/sft/model`."""
-    comparisons: Path | None = None
-    """JSONL file of rankings or pairs, by default `<run>/feedback/rankings.jsonl`."""
+    policy: str | None = None
+    """Folder or hub name of the model that policy and reference start from, by default `<run>/sft/model`."""
+    comparisons: str | None = None
+    """Rankings or pairs: a file of any known format, or a hub name; by default `<run>/feedback/rankings.jsonl`."""
+    split: str = ""
+    """Part of `comparisons`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
+    columns: tuple[str, ...] = ()
+    """Fields with other names, as ours=theirs: prompt=query chosen=better rejected=worse."""
     validation_share: float = 0.1
     """Share of the prompts that is held out."""
     epochs: float = 3.0
     """Passes over the prompts."""
     batch_size: int = 32
     """Prompts an optimizer step, each with all its pairs."""
-    beta: float = 0.5
+    beta: float = 1.0
     """How strongly the policy is held to the reference, per nat; smaller moves further."""
     label_smoothing: float = 0.0
     """Assumed share of flipped labels (conservative DPO), from 0 to 0.5."""
@@ -63,6 +69,10 @@ class Config:
     """Padded tokens a forward pass; changes memory and speed, not the gradient."""
     validation_every: int = 50
     """Optimizer steps between two measurements on held-out comparisons."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint; a finished stage is left as it is."""
+    checkpoint_every: int = 50
+    """Optimizer steps between two checkpoints; the newest two and the best are kept."""
     seed: int = 0
     """Seed of the split and the data order."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -152,6 +162,7 @@ def train_step(state: State, comparisons: list[ReferencedComparison], config: Co
         loss.backward()
         seen = {"loss": loss.detach().cpu(), **diagnostics(four, beta=config.beta, denominator=count)}
         sums = {name: sums.get(name, 0.0) + value for name, value in seen.items()}
+    require_finite(loss=sums["loss"])
     grad_norm = clip_gradients(state.policy, config.max_grad_norm)
     state.optimizer.step()
     state.step += 1
@@ -176,9 +187,15 @@ def main(config: Config) -> Path:
     require(config.beta > 0, f"--beta {config.beta}: must be above 0")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    folder = config.policy or config.run / "sft" / "model"
+    folder = model_folder(config.policy or config.run / "sft" / "model")
     file = config.comparisons or config.run / "feedback" / "rankings.jsonl"
-    records = data.read_records(file, ("prompt", "chosen|responses", "rejected|ranks"))
+    output = config.run / config.stage / "model"
+    stage = Stage(
+        config.run / config.stage, config, inputs=data.local_files(file), models=(folder,), resume=config.resume
+    )
+    if stage.finished:
+        return output
+    records = data.load(file, "pairs", split=config.split, columns=config.columns)
     encoding = tokenizer.load(folder)
     policy = GPT.from_pretrained(folder).to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
@@ -189,28 +206,29 @@ def main(config: Config) -> Path:
     state = State(policy, adamw(policy, learning_rate=config.learning_rate))
 
     total_steps = round(config.epochs * data.steps_per_epoch(len(train), config.batch_size))
-    log = RunLog(config.run / config.stage, config, inputs=(file,), steps=total_steps)
     with autocast(device, dtype):
         train, validation = (
             with_reference(reference, side, device, max_tokens=config.micro_batch_tokens)
             for side in (train, validation)
         )
-    while state.step < total_steps:
-        step = state.step
-        learning_rate = config.learning_rate * linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
-        set_learning_rate(state.optimizer, learning_rate)
-        rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
-        batch = [train[i] for i in rows]
-        with autocast(device, dtype):
-            metrics = train_step(state, batch, config, device)
-            if state.step % config.validation_every == 0 or state.step == total_steps:
-                metrics |= held_out(policy, validation, config, device)
-        log.row(step, {**metrics, "learning_rate": learning_rate}, tokens=data.token_count(batch))
-
-    policy.save_pretrained(config.run / config.stage / "model")
-    tokenizer.save(encoding, config.run / config.stage / "model")
-    log.close()
-    return config.run / config.stage / "model"
+    with stage.begin(
+        state, steps=total_steps, checkpoint_every=config.checkpoint_every, best=("validation_loss", "min")
+    ):
+        while state.step < total_steps:
+            step = state.step
+            learning_rate = config.learning_rate * linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
+            set_learning_rate(state.optimizer, learning_rate)
+            rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
+            batch = [train[i] for i in rows]
+            with autocast(device, dtype):
+                metrics = train_step(state, batch, config, device)
+                due = state.step % config.validation_every == 0 or state.step == total_steps
+                metrics |= held_out(policy, validation, config, device) if due else {}
+            stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=data.token_count(batch))
+        policy.save_pretrained(output)
+        tokenizer.save(encoding, output)
+        write_model_card(output, script="train_dpo.py", objective="Direct preference optimisation on comparisons.")
+    return output
 
 
 if __name__ == "__main__":

@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from minirlhf import data, ops, ppo, tokenizer
-from minirlhf.metrics import RunLog
+from minirlhf.hub import model_folder
 from minirlhf.model import GPT
+from minirlhf.model_card import write_model_card
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.reward import RewardModel, ValueModel
 from minirlhf.rollout import Rollout, collect
 from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
+from minirlhf.stage import Stage, require_finite
 
 
 @dataclass
@@ -40,12 +42,16 @@ class Config:
     """Folder of the run; this stage writes `<run>/ppo`."""
     stage: str = "ppo"
     """Name of this stage's folder in the run; another name keeps an earlier result."""
-    policy: Path | None = None
-    """Folder of the model that policy and reference start from, by default `<run>/sft/model`."""
-    reward_model: Path | None = None
-    """Folder of the reward model, which the value model starts from too, by default `<run>/reward/model`."""
-    prompts: Path = project_file("world", "prompts.train.jsonl")
-    """JSONL file of prompts."""
+    policy: str | None = None
+    """Folder or hub name of the model that policy and reference start from, by default `<run>/sft/model`."""
+    reward_model: str | None = None
+    """Folder or hub name of the reward model, from which the value model starts; by default `<run>/reward/model`."""
+    prompts: str = str(project_file("world", "prompts.train.jsonl"))
+    """Prompts: a file of any known format (of pairs or demonstrations, their prompts), or a hub name."""
+    split: str = ""
+    """Part of `prompts`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
+    columns: tuple[str, ...] = ()
+    """Fields with other names, as ours=theirs: prompt=query."""
     iterations: int = 60
     """Rollouts; the learning rate falls linearly to 0 over them."""
     rollout_size: int = 128
@@ -86,6 +92,10 @@ class Config:
     """Gradients of each model are scaled so that their joint L2 norm is at most this."""
     micro_batch_tokens: int = 2048
     """Padded tokens a forward pass; changes memory and speed, not the gradient."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint; a finished stage is left as it is."""
+    checkpoint_every: int = 10
+    """Iterations between two checkpoints; the newest two and the best are kept."""
     seed: int = 0
     """Seed of prompt order, sampling and minibatches."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -137,7 +147,9 @@ def learn_from(rollout: Rollout, *, beta: float, gamma: float, lam: float, white
     if whiten_rewards:
         rewards = ops.rescale(rewards, mask)
     advantages, returns = ppo.gae(rewards, rollout.values, mask, gamma=gamma, lam=lam)
-    return Experience(**vars(rollout), advantages=ops.whiten(advantages, mask), returns=returns)
+    advantages = ops.whiten(advantages, mask)
+    require_finite(scores=rollout.scores, rewards=rewards, advantages=advantages, returns=returns)
+    return Experience(**vars(rollout), advantages=advantages, returns=returns)
 
 
 def train_step(state: State, minibatch: Experience, config: Config) -> dict[str, Tensor]:
@@ -167,6 +179,7 @@ def train_step(state: State, minibatch: Experience, config: Config) -> dict[str,
         }
         ratio_deviation = torch.maximum(ratio_deviation, seen.pop("ratio_deviation").cpu())
         sums = {name: sums.get(name, 0.0) + value.cpu() for name, value in seen.items()}
+    require_finite(policy_loss=sums["policy_loss"], value_loss=sums["value_loss"])
     sums["policy_grad_norm"] = clip_gradients(state.policy, config.max_grad_norm)
     sums["value_grad_norm"] = clip_gradients(state.value_model, config.max_grad_norm)
     state.policy_optimizer.step()
@@ -213,18 +226,27 @@ def reward_function(model: RewardModel) -> Callable[[data.Batch], Tensor]:
     return lambda batch: model(batch.tokens, batch.lengths)
 
 
-def main(config: Config) -> Path:
-    """Run the stage; returns the folder of the trained policy."""
+def main(config: Config, *, observe: Callable[[State], None] | None = None) -> Path:
+    """Run the stage; returns the folder of the trained policy. `observe` looks at the state after each iteration."""
     require(config.beta >= 0, f"--beta {config.beta}: must not be negative")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    folder = config.policy or config.run / "sft" / "model"
-    reward_folder = config.reward_model or config.run / "reward" / "model"
-    prompt_records = data.read_records(config.prompts, ("prompt",))
+    folder = model_folder(config.policy or config.run / "sft" / "model")
+    reward_folder = model_folder(config.reward_model or config.run / "reward" / "model")
+    output = config.run / config.stage / "model"
+    models = (folder, reward_folder)
+    stage = Stage(
+        config.run / config.stage, config, inputs=data.local_files(config.prompts), models=models, resume=config.resume
+    )
+    if stage.finished:
+        return output
+    prompt_records = data.load(config.prompts, "prompts", split=config.split, columns=config.columns)
     encoding = tokenizer.load(folder)
-    prompts = [data.encode_prompt(encoding, r["prompt"]) for r in prompt_records]
 
     policy = GPT.from_pretrained(folder).to(device)
+    room = policy.config.n_positions - config.max_new_tokens
+    require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
+    prompts = data.encode_prompts(encoding, [r["prompt"] for r in prompt_records], max_length=room)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     reward_model = RewardModel.from_pretrained(reward_folder).to(device).eval().requires_grad_(False)
     value_model = ValueModel.from_reward_model(reward_model)
@@ -237,43 +259,47 @@ def main(config: Config) -> Path:
         ppo.AdaptiveKL(config.beta, config.kl_target, config.kl_horizon) if config.kl_target else None,
     )
 
-    log = RunLog(config.run / config.stage, config, inputs=(config.prompts,), steps=config.iterations)
-    while state.iteration < config.iterations:
-        iteration = state.iteration
-        beta = state.kl_controller.beta if state.kl_controller else config.beta
-        factor = linear_schedule(iteration, config.iterations)
-        set_learning_rate(state.policy_optimizer, config.learning_rate * factor)
-        set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
-        chosen = data.batch_indices(len(prompts), config.rollout_size, seed=config.seed, step=iteration)
-        with autocast(device, dtype):
-            rollout = collect(
-                policy,
-                reference,
-                value_model,
-                reward_function(reward_model),
-                [prompts[i] for i in chosen],
-                keys=[(Stream.ROLLOUT, iteration, i) for i in chosen],
-                seed=config.seed,
-                eos_id=encoding.eot_token,
-                max_new_tokens=config.max_new_tokens,
-                temperature=config.temperature,
-                missing_eos_score=config.missing_eos_score,
-                rescore=dtype != torch.float32,
-                max_tokens=config.micro_batch_tokens,
-            )
-            experience = learn_from(
-                rollout, beta=beta, gamma=config.gamma, lam=config.lam, whiten_rewards=config.whiten_rewards
-            )
-            metrics = {**rollout_metrics(rollout, experience), "beta": beta, **update(state, experience, config)}
-        if state.kl_controller:
-            state.kl_controller.update(float(metrics["kl"]), len(rollout))
-        state.iteration += 1
-        log.row(iteration, metrics, tokens=int(rollout.lengths.sum()))
-
-    policy.save_pretrained(config.run / config.stage / "model")
-    tokenizer.save(encoding, config.run / config.stage / "model")
-    log.close()
-    return config.run / config.stage / "model"
+    with stage.begin(
+        state, steps=config.iterations, checkpoint_every=config.checkpoint_every, best=("objective", "max")
+    ):
+        while state.iteration < config.iterations:
+            iteration = state.iteration
+            beta = state.kl_controller.beta if state.kl_controller else config.beta
+            factor = linear_schedule(iteration, config.iterations)
+            set_learning_rate(state.policy_optimizer, config.learning_rate * factor)
+            set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
+            chosen = data.batch_indices(len(prompts), config.rollout_size, seed=config.seed, step=iteration)
+            with autocast(device, dtype):
+                rollout = collect(
+                    policy,
+                    reference,
+                    value_model,
+                    reward_function(reward_model),
+                    [prompts[i] for i in chosen],
+                    keys=[(Stream.ROLLOUT, iteration, i) for i in chosen],
+                    seed=config.seed,
+                    eos_id=encoding.eot_token,
+                    max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature,
+                    missing_eos_score=config.missing_eos_score,
+                    rescore=dtype != torch.float32,
+                    max_tokens=config.micro_batch_tokens,
+                )
+                experience = learn_from(
+                    rollout, beta=beta, gamma=config.gamma, lam=config.lam, whiten_rewards=config.whiten_rewards
+                )
+                metrics = {**rollout_metrics(rollout, experience), "beta": beta, **update(state, experience, config)}
+            metrics["objective"] = metrics["score"] - beta * metrics["kl"]  # what PPO maximises
+            if state.kl_controller:
+                state.kl_controller.update(float(metrics["kl"]), len(rollout))
+            state.iteration += 1
+            stage.finish(iteration, metrics, tokens=int(rollout.lengths.sum()))
+            if observe:
+                observe(state)
+        policy.save_pretrained(output)
+        tokenizer.save(encoding, output)
+        write_model_card(output, script="train_ppo.py", objective="PPO against a reward model.")
+    return output
 
 
 if __name__ == "__main__":

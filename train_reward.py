@@ -26,12 +26,15 @@ import torch
 from minirlhf import data, tokenizer
 from minirlhf.bradley_terry import accuracy, bradley_terry_loss
 from minirlhf.generate import generate
-from minirlhf.metrics import RunLog, write_json
+from minirlhf.hub import model_folder
+from minirlhf.metrics import write_json
 from minirlhf.model import GPT
+from minirlhf.model_card import write_model_card
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
+from minirlhf.stage import Stage, require_finite
 
 
 @dataclass
@@ -40,14 +43,19 @@ class Config:
     """Set of defaults: `tiny` for a laptop CPU, `gpt2` for 124M parameters on one GPU."""
     run: Path = Path("runs/tiny")
     """Folder of the run; this stage writes `<run>/reward`."""
-    model: Path | None = None
-    """Folder of the model whose trunk the reward model starts from, by default `<run>/sft/model`."""
-    comparisons: Path | None = None
-    """JSONL file of rankings or pairs, by default `<run>/feedback/rankings.jsonl`."""
+    model: str | None = None
+    """Folder or hub name of the model whose trunk the reward model starts from, by default `<run>/sft/model`."""
+    comparisons: str | None = None
+    """Rankings or pairs: a file of any known format, or a hub name; by default `<run>/feedback/rankings.jsonl`."""
+    split: str = ""
+    """Part of `comparisons`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
+    columns: tuple[str, ...] = ()
+    """Fields with other names, as ours=theirs: prompt=query chosen=better rejected=worse."""
     validation_share: float = 0.1
     """Share of the prompts that is held out."""
-    reference_prompts: Path = project_file("world", "prompts.train.jsonl")
-    """JSONL file of prompts whose sampled answers define mean 0 and deviation 1."""
+    reference_prompts: str | None = None
+    """Prompts whose sampled answers define mean 0 and deviation 1; by default the world's, or those of
+    `comparisons` where these are given."""
     reference_samples: int = 512
     """Answers sampled to normalise the score."""
     max_new_tokens: int = 32
@@ -68,6 +76,10 @@ class Config:
     """Gradients are scaled so that their joint L2 norm is at most this."""
     micro_batch_tokens: int = 2048
     """Padded tokens a forward pass; changes memory and speed, not the gradient."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint; a finished stage is left as it is."""
+    checkpoint_every: int = 100
+    """Optimizer steps between two checkpoints; the newest two and the best are kept."""
     seed: int = 0
     """Seed of the head, the split, the data order and the reference samples."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -132,6 +144,7 @@ def train_step(
         part_loss.backward()
         loss = loss + part_loss.detach().cpu()
         correct = correct + (accuracy(chosen, rejected) * len(chosen) / pairs).cpu()
+    require_finite(loss=loss)
     grad_norm = clip_gradients(state.model, max_grad_norm)
     state.optimizer.step()
     state.step += 1
@@ -163,6 +176,7 @@ def reference_scores(model: RewardModel, policy: GPT, prompts: list[list[int]], 
         policy, prompts, max_new_tokens=config.max_new_tokens, eos_id=eos_id, seed=config.seed, keys=keys
     )
     scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), samples, config.micro_batch_tokens)
+    require_finite(reference_scores=scores)
     return {"mean": scores.mean().item(), "std": scores.std(correction=0).item()}
 
 
@@ -170,10 +184,17 @@ def main(config: Config) -> Path:
     """Run the stage; returns the folder of the trained reward model."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    folder = config.model or config.run / "sft" / "model"
+    folder = model_folder(config.model or config.run / "sft" / "model")
     file = config.comparisons or config.run / "feedback" / "rankings.jsonl"
-    records = data.read_records(file, ("prompt", "chosen|responses", "rejected|ranks"))
-    prompt_records = data.read_records(config.reference_prompts, ("prompt",))
+    output = config.run / "reward" / "model"
+    world = None if config.comparisons else project_file("world", "prompts.train.jsonl")
+    reference_prompts = config.reference_prompts or world
+    files = data.local_files(file, reference_prompts)
+    stage = Stage(config.run / "reward", config, inputs=files, models=(folder,), resume=config.resume)
+    if stage.finished:
+        return output
+    records = data.load(file, "pairs", split=config.split, columns=config.columns)
+    prompt_records = data.load(reference_prompts, "prompts") if reference_prompts else records
     encoding = tokenizer.load(folder)
     policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
     model = RewardModel.from_gpt(policy, generator=torch.Generator().manual_seed(config.seed))
@@ -181,40 +202,44 @@ def main(config: Config) -> Path:
     max_length = policy.config.n_positions
     train = data.encode_comparisons(encoding, train_records, max_length=max_length)
     validation = data.encode_comparisons(encoding, validation_records, max_length=max_length)
+    texts = list(dict.fromkeys(record["prompt"] for record in prompt_records))[: config.reference_samples]
+    prompts = data.encode_prompts(encoding, texts, max_length=max_length - config.max_new_tokens)
     require(len(train) > 0 and len(validation) > 0, f"{file}: needs comparisons of at least two prompts")
     state = State(model, adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay))
 
     total_steps = round(config.epochs * data.steps_per_epoch(len(train), config.batch_size))
-    log = RunLog(config.run / "reward", config, inputs=(file,), steps=total_steps)
-    while state.step < total_steps:
-        step = state.step
-        learning_rate = config.learning_rate * linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
-        set_learning_rate(state.optimizer, learning_rate)
-        rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
-        batch = [train[i] for i in rows]
-        with autocast(device, dtype):
-            metrics = train_step(
-                state,
-                batch,
-                device=device,
-                micro_batch_tokens=config.micro_batch_tokens,
-                max_grad_norm=config.max_grad_norm,
-                contrast=config.contrast * max(0.0, 1 - 1.5 * step / total_steps),
-            )
-            if state.step == total_steps:
-                metrics |= held_out(model, validation, device, max_tokens=config.micro_batch_tokens)
-        log.row(step, {**metrics, "learning_rate": learning_rate}, tokens=data.token_count(batch))
+    with stage.begin(
+        state, steps=total_steps, checkpoint_every=config.checkpoint_every, best=("validation_loss", "min")
+    ):
+        while state.step < total_steps:
+            step = state.step
+            learning_rate = config.learning_rate * linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
+            set_learning_rate(state.optimizer, learning_rate)
+            rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
+            batch = [train[i] for i in rows]
+            with autocast(device, dtype):
+                metrics = train_step(
+                    state,
+                    batch,
+                    device=device,
+                    micro_batch_tokens=config.micro_batch_tokens,
+                    max_grad_norm=config.max_grad_norm,
+                    contrast=config.contrast * max(0.0, 1 - 1.5 * step / total_steps),
+                )
+                last = state.step == total_steps
+                metrics |= held_out(model, validation, device, max_tokens=config.micro_batch_tokens) if last else {}
+            stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=data.token_count(batch))
 
-    prompts = [data.encode_prompt(encoding, r["prompt"]) for r in prompt_records[: config.reference_samples]]
-    with autocast(device, dtype):
-        before = reference_scores(model, policy, prompts, config, encoding.eot_token)
-        model.normalise(before["mean"], before["std"])
-        after = reference_scores(model, policy, prompts, config, encoding.eot_token)
-    write_json(config.run / "reward" / "normalisation.json", {"before": before, "after": after})
-    model.save_pretrained(config.run / "reward" / "model")
-    tokenizer.save(encoding, config.run / "reward" / "model")
-    log.close()
-    return config.run / "reward" / "model"
+        with autocast(device, dtype):
+            before = reference_scores(model, policy, prompts, config, encoding.eot_token)
+            model.normalise(before["mean"], before["std"])
+        with autocast(device, dtype):  # another block, because autocast keeps copies of the weights as they were
+            after = reference_scores(model, policy, prompts, config, encoding.eot_token)
+        write_json(config.run / "reward" / "normalisation.json", {"before": before, "after": after})
+        model.save_pretrained(output)
+        tokenizer.save(encoding, output)
+        write_model_card(output, script="train_reward.py", objective="A reward model trained on comparisons.")
+    return output
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ Minimises the mean negative log-likelihood of the response tokens, the closing E
     L = - sum_i sum_t log pi(y_it | x_i, y_i<t) / sum_i |y_i|
 
     python train_sft.py                     # embedded world, small CPU model, about half a minute on two cores
-    python train_sft.py --preset gpt2 --train demonstrations.jsonl --validation held_out.jsonl
+    python train_sft.py --preset gpt2 --train demonstrations.jsonl
 
 Expect the held-out loss to fall from ln V to well below 1 in the embedded world. The writers there are of mixed
 quality and the model imitates the mixture, so there is much left to gain for the stages that follow.
@@ -20,12 +20,14 @@ from typing import Literal
 import torch
 
 from minirlhf import data, tokenizer
-from minirlhf.metrics import RunLog
+from minirlhf.hub import model_folder
 from minirlhf.model import GPT, GPTConfig
+from minirlhf.model_card import write_model_card
 from minirlhf.ops import masked_mean
 from minirlhf.optim import adamw, clip_gradients, cosine_schedule, set_learning_rate
 from minirlhf.rollout import over_micro_batches
-from minirlhf.runtime import autocast, project_file, resolve_device, resolve_dtype, run_script
+from minirlhf.runtime import autocast, project_file, require, resolve_device, resolve_dtype, run_script
+from minirlhf.stage import Stage, require_finite
 
 
 @dataclass
@@ -34,14 +36,22 @@ class Config:
     """Set of defaults: `tiny` for a laptop CPU, `gpt2` for 124M parameters on one GPU."""
     run: Path = Path("runs/tiny")
     """Folder of the run; this stage writes `<run>/sft`."""
-    train: Path = project_file("world", "demonstrations.train.jsonl")
-    """JSONL file of prompt/response records to learn from."""
-    validation: Path = project_file("world", "demonstrations.validation.jsonl")
-    """JSONL file of held-out prompt/response records."""
+    train: str = str(project_file("world", "demonstrations.train.jsonl"))
+    """Demonstrations to learn from: a file of any known format, or a hub name."""
+    validation: str | None = None
+    """Held-out demonstrations; by default the world's for the world's, else `validation_share` of the prompts."""
+    validation_share: float = 0.1
+    """Share of the training prompts that is held out where `validation` is not given."""
+    split: str = ""
+    """Part of `train`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
+    columns: tuple[str, ...] = ()
+    """Fields with other names, as ours=theirs: prompt=query response=reply."""
+    validation_split: str = ""
+    """Part of `validation`, in the same form."""
     model: str | None = None
-    """Folder of a GPT-2 model to start from; by default a new model of the sizes below."""
-    tokenizer: str = "world"
-    """`world`, `gpt2`, `bytes` or a folder with GPT-2 tokenizer files."""
+    """`gpt2`, `gpt2-medium`, …, a folder or a hub name to start from; by default a new model of the sizes below."""
+    tokenizer: str | None = None
+    """`world`, `gpt2`, `bytes` or a folder with GPT-2 tokenizer files; by default the model's own, else `world`."""
     n_layer: int = 3
     """Transformer blocks of a new model."""
     n_head: int = 4
@@ -66,6 +76,10 @@ class Config:
     """Padded tokens a forward pass; changes memory and speed, not the gradient."""
     validation_every: int = 100
     """Optimizer steps between two measurements of the held-out loss."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint; a finished stage is left as it is."""
+    checkpoint_every: int = 100
+    """Optimizer steps between two checkpoints; the newest two and the best are kept."""
     seed: int = 0
     """Seed of initial weights and data order."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -80,7 +94,6 @@ PRESETS = {
         preset="gpt2",
         run=Path("runs/gpt2"),
         model="gpt2",
-        tokenizer="gpt2",
         n_layer=12,
         n_head=12,
         n_embd=768,
@@ -114,31 +127,53 @@ def train_step(state: State, batch: data.Batch, *, micro_batch_tokens: int, max_
         part_loss = -masked_mean(logprobs, part.mask, denominator=tokens)
         part_loss.backward()
         loss = loss + part_loss.detach().cpu()
+    require_finite(loss=loss)
     grad_norm = clip_gradients(state.model, max_grad_norm)
     state.optimizer.step()
     state.step += 1
     return {"loss": loss, "grad_norm": grad_norm}
 
 
-def held_out_loss(model: GPT, examples: list[data.Example], device: torch.device, *, max_tokens: int) -> float:
+def held_out(model: GPT, examples: list[data.Example], device: torch.device, *, max_tokens: int) -> dict:
     """Mean negative log-likelihood over all response tokens of the examples, in nats."""
     batch = data.pad(examples).to(device)
     logprobs = over_micro_batches(lambda part: model.logprobs(part.tokens, part.mask), batch, max_tokens)
-    return -masked_mean(logprobs, batch.mask).item()
+    return {"validation_loss": -masked_mean(logprobs, batch.mask)}
+
+
+def held_out_source(config: Config) -> str | None:
+    """The source of held-out demonstrations; None where they are a share of the training prompts."""
+    world = str(config.train) == Config.train
+    return config.validation or (str(project_file("world", "demonstrations.validation.jsonl")) if world else None)
+
+
+def read_records(config: Config) -> tuple[list[data.Record], list[data.Record]]:
+    """Training and held-out demonstrations."""
+    train = data.load(config.train, "demonstrations", split=config.split, columns=config.columns)
+    source = held_out_source(config)
+    require(
+        bool(source) or not config.validation_split, "--validation-split: is a part of --validation, which is not given"
+    )
+    if source is None:
+        return data.split_by_prompt(train, share=config.validation_share, seed=config.seed)
+    return train, data.load(source, "demonstrations", split=config.validation_split, columns=config.columns)
 
 
 def main(config: Config) -> Path:
     """Run the stage; returns the folder of the trained model."""
+    output = config.run / "sft" / "model"
+    folder = model_folder(config.model) if config.model else None
+    files, models = data.local_files(config.train, held_out_source(config)), (folder,) if folder else ()
+    stage = Stage(config.run / "sft", config, inputs=files, models=models, resume=config.resume)
+    if stage.finished:
+        return output
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    encoding = tokenizer.load(config.tokenizer)
-    records = {
-        name: data.read_records(path, ("prompt", "response"))
-        for name, path in (("train", config.train), ("validation", config.validation))
-    }
+    encoding = tokenizer.load(config.tokenizer or folder or "world")
+    train_records, validation_records = read_records(config)
     model = (
-        GPT.from_pretrained(config.model)
-        if config.model
+        GPT.from_pretrained(folder)
+        if folder
         else GPT(
             GPTConfig(
                 vocab_size=encoding.n_vocab,
@@ -152,33 +187,37 @@ def main(config: Config) -> Path:
         )
     )
     max_length = model.config.n_positions
-    train = data.encode_demonstrations(encoding, records["train"], max_length=max_length)
-    validation = data.encode_demonstrations(encoding, records["validation"], max_length=max_length)
+    require(
+        model.config.vocab_size == encoding.n_vocab,
+        f"--tokenizer {config.tokenizer}: {encoding.n_vocab} tokens, but the model has {model.config.vocab_size}",
+    )
+    train = data.encode_demonstrations(encoding, train_records, max_length=max_length)
+    validation = data.encode_demonstrations(encoding, validation_records, max_length=max_length)
+    require(len(train) > 0 and len(validation) > 0, f"{config.train}: too little to learn from and hold out")
     model.to(device)
     state = State(model, adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay))
 
     total_steps = round(config.epochs * data.steps_per_epoch(len(train), config.batch_size))
-    log = RunLog(config.run / "sft", config, inputs=(config.train, config.validation), steps=total_steps)
-    while state.step < total_steps:
-        step = state.step
-        factor = cosine_schedule(step, total_steps, warmup_steps=config.warmup_steps)
-        set_learning_rate(state.optimizer, config.learning_rate * factor)
-        rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
-        batch = data.pad([train[i] for i in rows]).to(device)
-        with autocast(device, dtype):
-            metrics = train_step(
-                state, batch, micro_batch_tokens=config.micro_batch_tokens, max_grad_norm=config.max_grad_norm
-            )
-            if state.step % config.validation_every == 0 or state.step == total_steps:
-                metrics["validation_loss"] = held_out_loss(
-                    model, validation, device, max_tokens=config.micro_batch_tokens
+    with stage.begin(
+        state, steps=total_steps, checkpoint_every=config.checkpoint_every, best=("validation_loss", "min")
+    ):
+        while state.step < total_steps:
+            step = state.step
+            learning_rate = config.learning_rate * cosine_schedule(step, total_steps, warmup_steps=config.warmup_steps)
+            set_learning_rate(state.optimizer, learning_rate)
+            rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
+            batch = data.pad([train[i] for i in rows]).to(device)
+            due = (step + 1) % config.validation_every == 0 or step + 1 == total_steps
+            with autocast(device, dtype):
+                metrics = train_step(
+                    state, batch, micro_batch_tokens=config.micro_batch_tokens, max_grad_norm=config.max_grad_norm
                 )
-        log.row(step, {**metrics, "learning_rate": config.learning_rate * factor}, tokens=int(batch.lengths.sum()))
-
-    model.save_pretrained(config.run / "sft" / "model")
-    tokenizer.save(encoding, config.run / "sft" / "model")
-    log.close()
-    return config.run / "sft" / "model"
+                metrics |= held_out(model, validation, device, max_tokens=config.micro_batch_tokens) if due else {}
+            stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=int(batch.lengths.sum()))
+        model.save_pretrained(output)
+        tokenizer.save(encoding, output)
+        write_model_card(output, script="train_sft.py", objective="Supervised fine-tuning on demonstrations.")
+    return output
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python -m minirlhf                      # about four minutes on two CPU cores, everything under runs/tiny
     python -m minirlhf --run runs/second --seed 1
+    python -m minirlhf --resume             # go on after an interruption: finished stages are left as they are
 
 An earlier run in the same place is moved aside and named, never overwritten.
 """
@@ -32,6 +33,8 @@ class Config:
     """`tiny` is the demo; `smoke` goes through every stage in seconds and learns little."""
     run: Path = Path("runs/tiny")
     """Folder of the run."""
+    resume: bool = False
+    """Go on with the run in that folder, at the newest whole checkpoint of the stage that was interrupted."""
     seed: int = 0
     """Seed of every stage."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -62,15 +65,20 @@ STAGES: dict[str, tuple[Callable[[Any], object], type]] = {
 
 def main(config: Config) -> dict[str, float]:
     """Run every stage in turn; returns the seconds each took."""
-    fresh_folder(config.run)
-    seconds = {}
+    times = config.run / "seconds.json"
+    if not config.resume:
+        fresh_folder(config.run)
+    seconds = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
     for name, (stage, stage_config) in STAGES.items():
         print(f"--- {name}", flush=True)
         started = time.perf_counter()
-        smaller = SMOKE[name] if config.preset == "smoke" else {}
-        stage(stage_config(run=config.run, seed=config.seed, device=config.device, **smaller))
-        seconds[name] = round(time.perf_counter() - started, 1)
-    write_json(config.run / "seconds.json", seconds)
+        settings: dict[str, Any] = {"run": config.run, "seed": config.seed, "device": config.device}
+        settings |= SMOKE[name] if config.preset == "smoke" else {}
+        settings |= {"resume": config.resume} if name != "evaluate" else {}  # which is always made anew
+        stage(stage_config(**settings))
+        # A stage that an earlier attempt finished keeps the time that it took then.
+        seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 1)
+        write_json(times, seconds)
     print_examples(config.run / "answers.jsonl")
     print(
         "seconds:",

@@ -154,12 +154,30 @@ class Evaluator:
             kl_bound=kl_bound,
         )
 
-    def best_of(self, samples: Samples, n: int) -> Answers:
-        """The best by reward of the first n candidates of each prompt, from `sample(sft, candidates >= n)`."""
+    def best_of(self, samples: Samples, rewards: Tensor, n: int) -> Answers:
+        """The best by reward of the first n candidates of each prompt.
+
+        samples  from `sample(sft, candidates >= n)`; rewards (B,) the reward model's scores of them
+        """
         candidates = len(samples) // len(self.prompts)
-        scores = self.reward(samples).view(len(self.prompts), candidates)[:, :n]
+        scores = rewards.view(len(self.prompts), candidates)[:, :n]
         first = torch.arange(0, len(samples), candidates, device=scores.device)
         return self.measure(samples.rows(first + scores.argmax(dim=1)), kl_bound=best_of_n_kl(n))
+
+    def agreement(self, samples: Samples, rewards: Tensor, candidates: int) -> dict[str, float]:
+        """How often the reward model orders two answers to a prompt as the judge does: `share` of so many `pairs`.
+
+        Over the pairs among the first `candidates` answers to each prompt that the judge does not think equal.
+        """
+        per_prompt = len(samples) // len(self.prompts)
+        texts = [response_text(self.encoding, ids) for ids in samples.response_ids()]
+        agrees = []
+        for i, prompt in enumerate(self.prompts):
+            rows = range(i * per_prompt, i * per_prompt + min(candidates, per_prompt))
+            scored = [(self.judge_parts(prompt, texts[row])[0], rewards[row].item()) for row in rows]
+            pairs = [(a, b) for n, a in enumerate(scored) for b in scored[:n] if abs(a[0] - b[0]) > 1e-9]
+            agrees += [(a[0] - b[0]) * (a[1] - b[1]) > 0 for a, b in pairs]
+        return {"share": float(np.mean(agrees)) if agrees else math.nan, "pairs": len(agrees)}
 
     def summarise(self, answers: Answers, baseline: Answers) -> dict:
         """Means with intervals, and the win rate against the baseline's answers to the same prompts."""
@@ -187,7 +205,7 @@ def judge_parts(prompt: str, response: str) -> tuple[float, float, float, float]
 def main(config: Config) -> dict:
     """Evaluate the run's SFT model, best-of-n, and the PPO and DPO models that it holds; returns the summary."""
     device = resolve_device(config.device)
-    prompts = [r["prompt"] for r in data.read_records(config.prompts, ("prompt",))][: config.max_prompts]
+    prompts = [r["prompt"] for r in data.load(config.prompts, "prompts")][: config.max_prompts]
     encoding = tokenizer.load(config.run / "sft" / "model")
 
     def load(stage: str) -> GPT:
@@ -198,13 +216,15 @@ def main(config: Config) -> dict:
     largest = max(config.best_of, default=1)
     samples = evaluator.sample(evaluator.sft, candidates=largest)
     answers = {"sft": evaluator.measure(samples.rows(torch.arange(0, len(samples), largest, device=device)))}
+    rewards = evaluator.reward(samples)
     for n in config.best_of:
-        answers[f"best-of-{n}"] = evaluator.best_of(samples, n)
+        answers[f"best-of-{n}"] = evaluator.best_of(samples, rewards, n)
     for stage in ("ppo", "dpo"):
         if (config.run / stage / "model").is_dir():
             answers[stage] = evaluator.measure(evaluator.sample(load(stage)))
 
     summary = {"prompts": len(prompts), "seed": config.seed}
+    summary["reward_model_agreement"] = evaluator.agreement(samples, rewards, candidates=4)
     summary["models"] = {name: evaluator.summarise(a, answers["sft"]) for name, a in answers.items()}
     write_json(config.run / "summary.json", summary)
     data.write_records(
@@ -229,6 +249,10 @@ def table(summary: dict) -> str:
         row += f"{'<= ' if m['kl_is_bound'] else ''}{m['kl']:.1f}".rjust(7)
         rows.append(row + f"{m['length']:>8.1f}{m['eos_rate']:>6.0%}{m['reward']:>8.2f}")
     rows.append(f"{summary['prompts']} held-out prompts, one answer each; KL in nats per answer, length in tokens")
+    agreement = summary["reward_model_agreement"]
+    rows.append(
+        f"the reward model orders {agreement['share']:.1%} of {agreement['pairs']} pairs of SFT answers as the judge does"
+    )
     return "\n".join(rows)
 
 

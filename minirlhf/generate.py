@@ -19,8 +19,13 @@ from torch import Tensor
 
 from minirlhf.data import Batch
 from minirlhf.model import GPT, KVCache, log_softmax
+from minirlhf.runtime import DivergenceError, UserError
 
 COMPACT_BELOW = 0.75  # share of unfinished rows at which the finished ones are dropped from the cache
+
+
+class GenerationError(UserError, ValueError):
+    """Prompts or limits with which this model cannot generate: what, and how to fix it, in one line."""
 
 
 @dataclass
@@ -55,7 +60,7 @@ def generate(
     temperature     sample from softmax(logits / temperature); 0 takes the argmax and records log-probs at 1
     keys            one tuple of non-negative integers a row, its stream of random numbers; by default its number
     slots           at most this many rows are decoded at a time (memory); the result does not depend on it
-    Raises ValueError on prompts that cannot be continued, FloatingPointError where the model's output is not finite.
+    Raises GenerationError on prompts that cannot be continued, DivergenceError where the model's output is not finite.
     Trap: neither training mode nor any global generator is read or changed.
     """
     keys = [(row,) for row in range(len(prompts))] if keys is None else keys
@@ -76,7 +81,10 @@ def generate(
         part = padded[rows, : int(lengths.max())]
         sampled[rows], logprobs[rows] = _decode(model, part, lengths, uniforms[rows], eos_id, temperature)
     if not torch.isfinite(logprobs).all():
-        raise FloatingPointError("generate: the model's logits are not finite; were its weights trained to nan?")
+        raise DivergenceError(
+            "generate: the model's logits are not finite, so its weights hold nan or inf, or are too large for their "
+            "number format; start from an earlier model, with a lower learning rate"
+        )
     return _assemble(padded, prompt_lengths, sampled, logprobs, eos_id)
 
 
@@ -180,26 +188,28 @@ def _check(
     temperature: float,
     slots: int | None,
 ) -> None:
-    """Raise ValueError, in words, on what cannot be generated."""
+    """Raise GenerationError, in words, on what cannot be generated; ValueError where the caller miscounted."""
     vocab_size, n_positions = model.config.vocab_size, model.config.n_positions
     if not prompts:
-        raise ValueError("generate: no prompts")
+        raise GenerationError("generate: no prompts")
     if len(keys) != len(prompts):
         raise ValueError(f"generate: {len(keys)} keys for {len(prompts)} prompts; give one a row")
     if max_new_tokens < 1 or not temperature >= 0 or (slots is not None and slots < 1):
-        raise ValueError(
+        raise GenerationError(
             f"generate: max_new_tokens {max_new_tokens}, temperature {temperature}, slots {slots}; "
             "at least 1, 0 and 1 are needed"
         )
     if eos_id is not None and not 0 <= eos_id < vocab_size:
-        raise ValueError(f"generate: eos_id {eos_id} is outside the vocabulary of {vocab_size}; None never stops early")
+        raise GenerationError(
+            f"generate: eos_id {eos_id} is outside the vocabulary of {vocab_size}; None never stops early"
+        )
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
-            raise ValueError(f"generate: prompt {row} is empty; for unconditional text give the single token EOS")
+            raise GenerationError(f"generate: prompt {row} is empty; for unconditional text give the single token EOS")
         if len(prompt) + max_new_tokens - 1 > n_positions:  # the last token is not fed back
-            raise ValueError(
+            raise GenerationError(
                 f"generate: prompt {row} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} it exceeds the "
                 f"model's n_positions {n_positions}; shorten the prompt or the limit"
             )
         if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise ValueError(f"generate: prompt {row} has ids outside the vocabulary of {vocab_size}")
+            raise GenerationError(f"generate: prompt {row} has ids outside the vocabulary of {vocab_size}")

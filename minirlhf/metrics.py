@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 Value = float | int | Tensor
+LOGS = ("metrics.jsonl", "timing.jsonl")
+CHUNK = 1 << 20  # bytes read at a time
 
 
 def fresh_folder(folder: Path) -> Path:
@@ -34,9 +37,22 @@ def fresh_folder(folder: Path) -> Path:
     return folder
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def file_hash(path: Path, size: int | None = None) -> str:
+    """SHA-256 of a file's bytes, or of the first `size` of them, in hexadecimal."""
+    digest = hashlib.sha256()
+    left = path.stat().st_size if size is None else size
+    with path.open("rb") as file:
+        while left > 0 and (chunk := file.read(min(left, CHUNK))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def source_hash(source: Path | str) -> str:
+    """SHA-256 of a file, or of the weights in a model folder; a name that is neither stands for itself."""
+    path = Path(source)
+    file = path / "model.safetensors" if path.is_dir() else path
+    return file_hash(file) if file.is_file() else f"named {source}"
 
 
 class RunLog:
@@ -44,22 +60,38 @@ class RunLog:
 
     folder  runs/<name>/<stage>; an earlier run there is moved aside, never overwritten
     config  the stage's configuration, a dataclass
-    inputs  files whose hashes are kept
+    inputs  files whose hashes are kept, and models, by their weights
+    keep    of a run that goes on: the bytes of each log to keep, by name; later rows are dropped
+    done    rows among them
     """
 
-    def __init__(self, folder: Path, config: Any, *, inputs: Sequence[Path] = (), steps: int = 0) -> None:
-        self.folder = fresh_folder(folder)
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        *,
+        inputs: Sequence[Path | str] = (),
+        models: Sequence[Path | str] = (),
+        steps: int = 0,
+        keep: Mapping[str, int] | None = None,
+        done: int = 0,
+    ) -> None:
+        self.folder = folder
         self.started = self.last = time.perf_counter()
         description = {
             "config": {k: _plain(v) for k, v in dataclasses.asdict(config).items()},
-            "inputs": {str(path): file_hash(path) for path in inputs},
-            "versions": {"python": platform.python_version(), "torch": torch.__version__, **_own_version()},
+            "inputs": {str(path): source_hash(path) for path in inputs},
+            "models": {str(path): source_hash(path) for path in models},
+            "versions": versions(),
             "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
         }
-        write_json(self.folder / "run.json", description)
-        self._metrics = (self.folder / "metrics.jsonl").open("w", encoding="utf-8")
-        self._timing = (self.folder / "timing.jsonl").open("w", encoding="utf-8")
-        self._bar = tqdm(total=steps, desc=folder.name, dynamic_ncols=True, mininterval=0.5, disable=None)
+        if keep is None:  # after the hashes: what is read may be in the folder that moves
+            fresh_folder(folder)
+            write_json(folder / "run.json", description)
+        for name, size in (keep or {}).items():
+            os.truncate(self.folder / name, size)
+        self._metrics, self._timing = ((self.folder / name).open("a", encoding="utf-8") for name in LOGS)
+        self._bar = tqdm(total=steps, initial=done, desc=folder.name, dynamic_ncols=True, mininterval=0.5, disable=None)
 
     def row(self, step: int, values: Mapping[str, Value], *, tokens: int) -> None:
         """Write the metrics of one finished step and the time since the last; `tokens` were processed in it."""
@@ -70,6 +102,14 @@ class RunLog:
         self._timing.write(json.dumps({"step": step, "seconds": seconds, "tokens_per_second": tokens / seconds}) + "\n")
         self._bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in list(plain.items())[:4]), refresh=False)
         self._bar.update(1)
+
+    def sync(self) -> dict[str, dict[str, Any]]:
+        """Flush the rows to the disk; returns size and SHA-256 of each log."""
+        for file in (self._metrics, self._timing):
+            file.flush()
+            os.fsync(file.fileno())
+        paths = {name: self.folder / name for name in LOGS}
+        return {name: {"size": path.stat().st_size, "sha256": file_hash(path)} for name, path in paths.items()}
 
     def close(self) -> float:
         """Close the files; returns the stage's seconds."""
@@ -84,6 +124,15 @@ def read_rows(folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on."""
+    try:
+        own = metadata.version("minirlhf")
+    except metadata.PackageNotFoundError:
+        own = "not installed"
+    return {"python": platform.python_version(), "torch": torch.__version__, "minirlhf": own}
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -91,10 +140,3 @@ def write_json(path: Path, value: Any) -> None:
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-def _own_version() -> dict[str, str]:
-    try:
-        return {"minirlhf": metadata.version("minirlhf")}
-    except metadata.PackageNotFoundError:
-        return {"minirlhf": "not installed"}

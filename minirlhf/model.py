@@ -1,4 +1,4 @@
-"""GPT-2, and its Hugging Face folder in and out.
+"""GPT-2, and its Hugging Face folder in and out (how a folder is read and written stands in hf_folder.py).
 
 Rows are right-padded, so a causal mask keeps padding out of every real position: the full forward takes no attention
 mask, and positions are 0, 1, 2, ... in every row. Log-probabilities are computed by `GPT.logprobs`, which gathers the
@@ -9,24 +9,20 @@ GPT-2 variants that no released checkpoint uses (other activations, cross-attent
 
 from __future__ import annotations
 
-import json
 import math
 import os
-import re
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minirlhf.hf_folder import CheckpointError, read_settings, read_tensors, write_config, write_tensors
+from minirlhf.hub import model_folder
 from minirlhf.ops import upcast
-from minirlhf.runtime import UserError
 
 MAX_LOGITS = 2**24  # elements of one (rows, V) chunk of logits in `GPT.logprobs`: 64 MB in float32
 
@@ -51,6 +47,15 @@ class GPTConfig:
                 raise ValueError(f"GPTConfig: {name} is {getattr(self, name)}; it must be at least 1")
         if self.n_embd % self.n_head:
             raise ValueError(f"GPTConfig: n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+
+
+def read_config(folder: str | os.PathLike[str]) -> GPTConfig:
+    """The configuration of a Hugging Face GPT-2 folder; raises CheckpointError naming every unsupported setting."""
+    settings = read_settings(folder)
+    try:
+        return GPTConfig(**{field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings})
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{folder}/config.json: {error}; correct the file or save the model again") from error
 
 
 # ---------------------------------------------------------------------------------------------------- the transformer
@@ -258,13 +263,15 @@ class GPT(nn.Module):
         return logprobs, entropy
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read a Hugging Face GPT-2 folder (config.json and model.safetensors); weights keep their number format.
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> Self:
+        """Read a Hugging Face GPT-2 folder, or a hub name such as "gpt2"; weights keep their number format.
 
-        Raises CheckpointError where the configuration asks for what is not GPT-2, or the tensors do not fit it.
+        Raises UserError where there is no such model; CheckpointError where the configuration asks for what is not
+        GPT-2, or the tensors do not fit it.
         """
+        folder = model_folder(source)
         model = cls(read_config(folder), seed=None)
-        read_tensors(model, folder)
+        read_tensors(model, folder, tied_head=model.config.tie_word_embeddings)
         return model
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
@@ -292,157 +299,3 @@ def _score_rows(hidden: Tensor, head_weight: Tensor, targets: Tensor, temperatur
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
     """(M,) values back to the places of the mask, 0 elsewhere."""
     return values.new_zeros(mask.shape).masked_scatter(mask, values)
-
-
-# -------------------------------------------------------------------------------------------- Hugging Face folder
-# config.json settings that change the arithmetic, with the values this model computes (absent ones have these too).
-FIXED_SETTINGS = {
-    "activation_function": "gelu_new",
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "reorder_and_upcast_attn": False,
-    "add_cross_attention": False,
-}
-# Causal masks that older checkpoints store as buffers.
-STORED_MASK = re.compile(r"h\.\d+\.attn\.(bias|masked_bias)")
-# GPT-2's Conv1D keeps its weights as (in, out), nn.Linear as (out, in). A square one would load the wrong way round
-# without any complaint, so this goes by name and never by shape.
-CONV1D_WEIGHT = re.compile(r".*\.(c_attn|c_proj|c_fc)\.weight")
-FLOAT_TYPES = ("F64", "F32", "F16", "BF16")  # safetensors' names of the number formats that weights may have
-
-
-class CheckpointError(UserError, ValueError):
-    """A model folder that cannot be read as what was asked for: what, where and how to fix it, in one line."""
-
-
-def read_config(folder: str | os.PathLike[str]) -> GPTConfig:
-    """The configuration of a Hugging Face GPT-2 folder; raises CheckpointError naming every unsupported setting."""
-    path = Path(folder) / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; give a folder that holds config.json and model.safetensors")
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error}); save the model again") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path}: not a JSON object; save the model again")
-    shape = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
-    wrong = [f"{name} is missing" for name in shape if name not in settings]
-    wrong += [
-        f"{name} is {settings[name]!r} (supported: {value!r})"
-        for name, value in {"model_type": "gpt2", **FIXED_SETTINGS}.items()
-        if settings.get(name, value) != value
-    ]
-    if not wrong and settings.get("n_inner") not in (None, 4 * settings["n_embd"]):
-        wrong.append(f"n_inner is {settings['n_inner']} (supported: null or 4 * n_embd = {4 * settings['n_embd']})")
-    if not isinstance(settings.get("eos_token_id"), int | None):
-        wrong.append(f"eos_token_id is {settings['eos_token_id']!r} (supported: one id, or null)")
-    if wrong:
-        raise CheckpointError(f"{path}: {'; '.join(wrong)}; only plain GPT-2 models can be loaded")
-    try:
-        return GPTConfig(**{field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings})
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{path}: {error}; correct the file or save the model again") from error
-
-
-def write_config(
-    folder: str | os.PathLike[str],
-    config: GPTConfig,
-    *,
-    architecture: str,
-    dtype: torch.dtype,
-    extra: dict[str, Any] | None = None,
-) -> None:
-    """Write config.json for the transformers class named `architecture`, with `extra` settings of that class."""
-    settings = {
-        "architectures": [architecture],
-        "model_type": "gpt2",
-        "dtype": str(dtype).removeprefix("torch."),
-        **{field.name: getattr(config, field.name) for field in fields(config)},
-        "bos_token_id": config.eos_token_id,  # GPT-2 has one special token for both ends
-        "n_inner": None,
-        **FIXED_SETTINGS,
-        # This model has no dropout; without these lines transformers would train it with 0.1.
-        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"), 0.0),
-        **(extra or {}),
-    }
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    partial = Path(folder) / "config.json.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(Path(folder) / "config.json")
-
-
-def _file_name(name: str) -> str:
-    """Hugging Face's name of a parameter of GPT (h.0.…), RewardModel or ValueModel (gpt.h.0.…)."""
-    if name.startswith(("lm_head.", "score.")):
-        return name
-    return "transformer." + name.removeprefix("gpt.")
-
-
-@torch.no_grad()
-def write_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Write model.safetensors under Hugging Face's names, Conv1D weights as (in, out), in one step."""
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        tensor = parameter.detach().cpu()
-        tensors[_file_name(name)] = (tensor.T if CONV1D_WEIGHT.fullmatch(name) else tensor).contiguous()
-    partial = Path(folder) / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(Path(folder) / "model.safetensors")
-
-
-@torch.no_grad()
-def read_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Give every parameter of a model on the meta device its tensor from model.safetensors, one at a time.
-
-    Names with and without the prefix "transformer." are read. Raises one CheckpointError that names every missing,
-    unexpected and misshapen tensor; nothing is skipped and nothing is left as it was initialised.
-    """
-    path = Path(folder) / "model.safetensors"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; pickled weights are not read, save the model as safetensors")
-    try:
-        with safe_open(path, framework="pt") as file:
-            _assign(model, file, path)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error}); save the model again") from error
-
-
-def _assign(model: nn.Module, file: Any, path: Path) -> None:
-    parameters = {_file_name(name): (name, parameter) for name, parameter in model.named_parameters()}
-    stored, wrong = {}, []
-    for key in sorted(file.keys()):
-        bare = key.removeprefix("transformer.")
-        name = bare if bare.startswith(("lm_head.", "score.")) else f"transformer.{bare}"
-        if STORED_MASK.fullmatch(bare) or (name == "lm_head.weight" and _repeats_embedding(model, file, key)):
-            continue
-        if name not in parameters or name in stored:
-            wrong.append(f"unexpected {key}")
-        stored[name] = key
-    wrong += [f"missing {name}" for name in parameters if name not in stored]
-    for name in parameters.keys() & stored.keys():
-        parameter = parameters[name][1]
-        expected = tuple(parameter.T.shape if CONV1D_WEIGHT.fullmatch(name) else parameter.shape)
-        piece = file.get_slice(stored[name])
-        found = tuple(piece.get_shape())
-        if found != expected or piece.get_dtype() not in FLOAT_TYPES:
-            wrong.append(f"{stored[name]} is {piece.get_dtype()} {found} and not floating-point {expected}")
-    if wrong:
-        kind = type(model).__name__
-        raise CheckpointError(f"{path}: {'; '.join(sorted(wrong))}; give a folder that holds a {kind} as configured")
-    for name, (ours, _) in parameters.items():
-        tensor = file.get_tensor(stored[name])
-        tensor = tensor.T if CONV1D_WEIGHT.fullmatch(name) else tensor
-        # A fresh copy: the file may be mapped into memory, and is then neither aligned nor ours to keep.
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-        owner, _, leaf = ours.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
-
-
-def _repeats_embedding(model: nn.Module, file: Any, head: str) -> bool:
-    """True where a tied checkpoint stores its head a second time, as older files do."""
-    embedding = head.replace("lm_head.", "wte.")
-    embedding = embedding if embedding in file.keys() else f"transformer.{embedding}"
-    tied = isinstance(model, GPT) and model.config.tie_word_embeddings and embedding in file.keys()
-    return tied and torch.equal(file.get_tensor(head), file.get_tensor(embedding))

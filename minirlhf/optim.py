@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from minirlhf.runtime import UserError
+from minirlhf.runtime import DivergenceError
 
 
 def adamw(
@@ -29,7 +29,11 @@ def adamw(
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=learning_rate, betas=betas, eps=eps, fused=True)
+    # Autocast keeps its bfloat16 copies of the weights until its block ends: without this, a second minibatch or an
+    # evaluation in the same block would still compute with the weights from before the step.
+    optimizer.register_step_post_hook(lambda *_: torch.clear_autocast_cache())
+    return optimizer
 
 
 def linear_schedule(step: int, total_steps: int, *, warmup_steps: int = 0) -> float:
@@ -56,10 +60,12 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     """Scale all gradients so that their joint L2 norm is at most `max_norm`; returns the norm before.
 
-    Goes between backward and the optimizer step. Raises UserError where the norm is not finite, so that no optimizer
-    step is made with such gradients.
+    Goes between backward and the optimizer step. Raises DivergenceError where the norm is not finite, so that no
+    optimizer step is made with such gradients.
     """
     norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     if not torch.isfinite(norm):
-        raise UserError(f"gradient norm is {norm.item()}: stopped before the optimizer step; try a lower learning rate")
+        raise DivergenceError(
+            f"gradient norm is {norm.item()}: stopped before the optimizer step; try a lower learning rate"
+        )
     return norm

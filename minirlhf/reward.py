@@ -17,7 +17,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from minirlhf.model import GPT, GPTConfig, read_config, read_tensors, write_config, write_tensors
+from minirlhf.hf_folder import read_tensors, write_config, write_tensors
+from minirlhf.hub import model_folder
+from minirlhf.model import GPT, GPTConfig, read_config
 from minirlhf.ops import upcast
 
 
@@ -37,7 +39,7 @@ class RewardModel(nn.Module):
     def from_gpt(cls, gpt: GPT, *, generator: torch.Generator) -> Self:
         """A reward model on a deep copy of the trunk of `gpt`; head weights from `generator`.
 
-        w ~ N(0, 1 / sqrt(C + 1)), the standard deviation of Stiennon et al. 2020.
+        w ~ N(0, 1 / sqrt(C + 1)): the deviation in the code of Stiennon et al. 2020, whose text lacks the root.
         """
         trunk = _empty_trunk(gpt.config)
         weights = {name: value.clone() for name, value in gpt.state_dict().items() if name != "lm_head.weight"}
@@ -61,7 +63,7 @@ class RewardModel(nn.Module):
         """Rescale in place: every new score is (old score - mean) / std, e.g. of reference samples.
 
         The gain goes into the head, w' = w / std, and the constant into the final LayerNorm,
-        ln_f.bias -= (mean / std) w' / (w' . w'), because the head has no bias. Ziegler et al. 2019, section 2.
+        ln_f.bias -= (mean / std) w' / (w' . w'), because the head has no bias. Normalising: Ziegler et al. 2019.
         Trap: normalising again composes with the first time; mean and std must be those of the scores as they are now.
         """
         if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
@@ -72,8 +74,9 @@ class RewardModel(nn.Module):
         self.gpt.ln_f.bias.copy_(self.gpt.ln_f.bias.cpu().double() - shift)
 
     @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read a folder in the layout of GPT2ForSequenceClassification; raises CheckpointError (see `GPT`)."""
+    def from_pretrained(cls, source: str | os.PathLike[str]) -> Self:
+        """Read a folder, or hub name, in the layout of GPT2ForSequenceClassification; raises as `GPT` does."""
+        folder = model_folder(source)
         model = cls(_empty_trunk(read_config(folder)))
         read_tensors(model, folder)
         return model

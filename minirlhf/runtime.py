@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,18 @@ import torch
 
 class UserError(Exception):
     """A mistake in what the user gave: what, where and how to fix it, in one line. Scripts exit with code 2."""
+
+
+class DivergenceError(UserError, FloatingPointError):
+    """Numbers that are not finite where training has gone wrong: stopped rather than trained or sampled on."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """SIGTERM or Ctrl-C, raised wherever the process is; scripts exit with 128 + `number` (143, 130)."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 def require(condition: bool, message: str) -> None:
@@ -67,6 +82,7 @@ def run_script(main: Callable[[Any], object], presets: dict[str, Any]) -> None:
     """The entry point of every script: `--preset NAME`, then one flag for each field of its configuration.
 
     Exit code 0, or 2 with one line on standard error for a UserError; `--debug` shows the traceback instead.
+    SIGTERM and Ctrl-C stop it in order with 143 and 130, a second one at once.
     """
     import tyro
 
@@ -75,12 +91,64 @@ def run_script(main: Callable[[Any], object], presets: dict[str, Any]) -> None:
     arguments = [a for a in arguments if a != "--debug"]
     try:
         default = presets[_preset_name(arguments, presets)]
-        main(tyro.cli(type(default), default=default, args=arguments, description=sys.modules["__main__"].__doc__))
+        with interruptible():
+            main(tyro.cli(type(default), default=default, args=arguments, description=sys.modules["__main__"].__doc__))
     except UserError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except Interrupted as error:
+        print(f"stopped by {error}", file=sys.stderr)
+        sys.exit(128 + error.number)
+
+
+STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C raise Interrupted; a second one ends the process at once, without another word."""
+
+    def leave(number: int, frame: object) -> None:
+        os._exit(128 + number)
+
+    def stop(number: int, frame: object) -> None:
+        for other in STOPPING:
+            signal.signal(other, leave)
+        raise Interrupted(number)
+
+    with _handlers(stop):
+        yield
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[None]:
+    """Inside, SIGTERM and Ctrl-C wait until the end, so that what belongs together is done together."""
+    waiting: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if waiting:
+            os._exit(128 + number)
+        waiting.append(number)
+
+    with _handlers(note):
+        yield
+    if waiting:
+        signal.raise_signal(waiting[0])
+
+
+@contextlib.contextmanager
+def _handlers(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Let `handler` take the signals that stop a process, where this thread may and they are not ignored."""
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in STOPPING if main_thread and signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, previous in before.items():
+            signal.signal(number, previous)
 
 
 def _preset_name(arguments: list[str], presets: dict[str, Any]) -> str:

@@ -12,12 +12,26 @@ from pathlib import Path
 
 import tiktoken
 
+from minirlhf.runtime import UserError
+
 EOS = "<|endoftext|>"
 WORLD_FOLDER = Path(__file__).resolve().parent.parent / "data" / "world-vocabulary"
 FILE_NAMES = (("encoder.json", "vocab.bpe"), ("vocab.json", "merges.txt"))  # OpenAI's, Hugging Face's
 
 # GPT-2's pattern in tiktoken's form: possessive quantifiers match the same and never backtrack.
 SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+
+
+class TokenizerError(UserError, ValueError):
+    """Files that are no tokenizer, or not this model's: what, where and how to fix it, in one line."""
+
+
+class MissingTokenizerError(UserError, FileNotFoundError):
+    """A folder without a tokenizer."""
+
+
+class DownloadError(UserError, ConnectionError):
+    """GPT-2's own vocabulary is neither here nor to be had."""
 
 
 def byte_symbols() -> dict[int, str]:
@@ -42,7 +56,8 @@ def load(name_or_folder: str | Path) -> tiktoken.Encoding:
     "world": the shipped vocabulary of the embedded world. "bytes": the 256 bytes, id = byte. "gpt2": tiktoken's own,
     downloaded on first use. Anything else is a folder; write ./gpt2 for a folder of that name.
 
-    Raises FileNotFoundError, ValueError or, for "gpt2" without a network, ConnectionError.
+    Raises MissingTokenizerError, TokenizerError for files that cannot be read or are not GPT-2's format, or, for
+    "gpt2" without a network, DownloadError.
     """
     if name_or_folder == "gpt2":
         return _load_gpt2()
@@ -53,7 +68,7 @@ def load(name_or_folder: str | Path) -> tiktoken.Encoding:
         vocabulary, merges = folder / vocabulary_name, folder / merges_name
         if vocabulary.is_file() and merges.is_file():
             return from_ranks(str(name_or_folder), read_ranks(vocabulary, merges))
-    raise FileNotFoundError(
+    raise MissingTokenizerError(
         f"no tokenizer in {str(folder)!r}: it needs encoder.json and vocab.bpe, or vocab.json and merges.txt "
         f'(or give a name: "world", "gpt2", "bytes")'
     )
@@ -62,8 +77,8 @@ def load(name_or_folder: str | Path) -> tiktoken.Encoding:
 def _load_gpt2() -> tiktoken.Encoding:
     try:
         return tiktoken.get_encoding("gpt2")
-    except OSError as error:  # requests' exceptions are OSErrors too
-        raise ConnectionError(
+    except (OSError, ValueError) as error:  # requests' exceptions are OSErrors; a damaged download is a ValueError
+        raise DownloadError(
             "cannot download GPT-2's vocabulary: give a folder with encoder.json and vocab.bpe instead of 'gpt2', "
             "or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it"
         ) from error
@@ -73,27 +88,50 @@ def read_ranks(vocabulary: Path, merges: Path) -> dict[bytes, int]:
     """Read token bytes -> id from the two files.
 
     tiktoken merges the pair with the lowest id first, so ids must follow the order of merges; this is checked.
-    Raises ValueError where the files are not GPT-2's format, do not agree, or EOS is missing or not last.
+    Raises TokenizerError where the files are not GPT-2's format, do not agree, or EOS is missing or not last.
     """
     byte_of = {symbol: byte for byte, symbol in byte_symbols().items()}
-    ids = json.loads(vocabulary.read_text(encoding="utf-8"))
-    lines = merges.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+    try:
+        ids = json.loads(_read_text(vocabulary))
+    except json.JSONDecodeError as error:
+        raise TokenizerError(f"{vocabulary}: not JSON ({error}); fetch the file again") from error
+    lines = _read_text(merges).removesuffix("\n").split("\n")
     if lines[0] == "" or lines[0].startswith("#version"):
         lines = lines[1:]
-    if not isinstance(ids, dict):
-        raise ValueError(f"{vocabulary} must hold one JSON object, token to id")
+    if not isinstance(ids, dict) or not all(type(index) is int for index in ids.values()):
+        raise TokenizerError(f"{vocabulary} must hold one JSON object, token to id")
     if ids.pop(EOS, None) != len(ids):
-        raise ValueError(f"{vocabulary}: {EOS} must be there and have the last id, {len(ids)}")
+        raise TokenizerError(f"{vocabulary}: {EOS} must be there and have the last id, {len(ids)}")
     try:
         ranks = {bytes(byte_of[symbol] for symbol in token): index for token, index in ids.items()}
         pairs = [line.split(" ") for line in lines]
         expected = {left + right: 256 + i for i, (left, right) in enumerate(pairs)}
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{vocabulary} and {merges} are not a byte-level BPE vocabulary: {error}") from error
+        raise TokenizerError(f"{vocabulary} and {merges} are not a byte-level BPE vocabulary: {error}") from error
     single = {token: index for token, index in ids.items() if len(token) == 1}
     if sorted(single.values()) != list(range(256)) or single | expected != ids:
-        raise ValueError(f"{vocabulary}: ids must be those of the 256 bytes, then the merges of {merges} in order")
+        raise TokenizerError(f"{vocabulary}: ids must be those of the 256 bytes, then the merges of {merges} in order")
     return ranks
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise TokenizerError(f"{path}: cannot be read as UTF-8 text ({error}); fetch the file again") from error
+
+
+def check_fits(encoding: tiktoken.Encoding, vocab_size: int, where: str | Path) -> None:
+    """Raise TokenizerError unless a model of `vocab_size` tokens, read from `where`, has a row for every id.
+
+    A larger model passes: the vocabulary may be padded to a round number. Trap: without this check a text without rare
+    tokens trains for a while before the first id outside the embedding stops it, on a GPU without saying why.
+    """
+    if encoding.n_vocab > vocab_size:
+        raise TokenizerError(
+            f"{where}: the tokenizer {encoding.name!r} has {encoding.n_vocab} ids, the model a vocabulary of "
+            f"{vocab_size}; give the tokenizer that the model was trained with"
+        )
 
 
 def write_ranks(ranks: dict[bytes, int], vocabulary: Path, merges: Path) -> None:

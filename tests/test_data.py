@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from minirlhf import data, tokenizer
 from minirlhf.data import Example
-from minirlhf.runtime import UserError
 
 ENCODING = tokenizer.load("world")
+BYTES = tokenizer.load("bytes")
 EOS = ENCODING.eot_token
 
 examples = st.builds(
@@ -105,6 +105,50 @@ def test_truncation_cuts_the_prompt_from_the_left_and_keeps_response_and_eos() -
     assert data.encode_example(ENCODING, "one", " six", max_length=len(full.response_ids)) is None
 
 
+def test_rows_of_a_comparison_lose_the_same_part_of_their_prompt() -> None:
+    # Five prompt tokens; with EOS 2 and 5 response tokens, so that of 8 tokens 3 are left for the prompt of both.
+    record = {"prompt": "abcde", "chosen": "f", "rejected": "ghij"}
+    comparison = data.encode_comparison(BYTES, record, max_length=8)
+    assert [bytes(e.prompt_ids) for e in comparison.examples] == [b"cde", b"cde"]
+    assert [e.response_ids[-1] for e in comparison.examples] == [BYTES.eot_token] * 2
+    assert [e.cut for e in comparison.examples] == [2, 2]
+
+
+def test_what_does_not_fit_is_counted_and_said(capsys: pytest.CaptureFixture) -> None:
+    records = [
+        {"prompt": "abcdef", "response": "gh"},
+        {"prompt": "a", "response": "b" * 9},
+        {"prompt": "a", "response": "b"},
+    ]
+    examples = data.encode_demonstrations(BYTES, records, max_length=8)
+    assert [(bytes(e.prompt_ids), e.cut) for e in examples] == [(b"bcdef", 1), (b"a", 0)]
+    pairs = [{"prompt": r["prompt"], "chosen": r["response"], "rejected": "x"} for r in records]
+    assert len(data.encode_comparisons(BYTES, pairs, max_length=8)) == 2
+    assert data.encode_prompts(BYTES, ["abcdef", "", "ab"], max_length=3) == [[*b"def"], [BYTES.eot_token], [*b"ab"]]
+    assert capsys.readouterr().out.splitlines() == [
+        "demonstrations: 1 of 3 left out, nothing to learn from in 8 tokens",
+        "demonstrations: 1 of 3 lost the start of their prompt to fit 8 tokens",
+        "comparisons: 1 of 3 left out, nothing to learn from in 8 tokens",
+        "comparisons: 1 of 3 lost the start of their prompt to fit 8 tokens",
+        "prompts: 1 of 3 lost the start of their prompt to fit 3 tokens",
+    ]
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=40), st.integers(2, 12))
+@settings(deadline=None, derandomize=True, max_examples=60)
+def test_every_token_of_a_long_text_is_predicted_once_after_the_one_before_it(text: str, max_length: int) -> None:
+    rows = data.encode_demonstration(BYTES, {"prompt": "", "response": text}, max_length=max_length)
+    ids = [BYTES.eot_token, *text.encode(), BYTES.eot_token]
+    batch = data.pad(rows)
+    assert batch.tokens.shape[1] <= max_length
+    predicted = [
+        (int(a), int(b))
+        for t, m in zip(batch.tokens, batch.mask, strict=True)
+        for a, b in zip(t[:-1][m], t[1:][m], strict=True)
+    ]
+    assert predicted == list(zip(ids, ids[1:], strict=False))
+
+
 def test_sampled_ids_are_kept_as_they_were_sampled() -> None:
     # A response that was cut off has no EOS, and its pieces need not be the tokenizer's.
     pieces = [ENCODING.encode_ordinary(c)[0] for c in "lion"]
@@ -177,22 +221,23 @@ def test_split_keeps_a_prompt_on_one_side() -> None:
     assert data.split_by_prompt(records, share=0.25, seed=1)[1] != held_out
 
 
-def test_bad_lines_are_named_by_file_and_line(tmp_path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_text('{"prompt": "x"}\n{oops\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON"):
-        data.read_records(file, ("prompt",))
-    file.write_text('{"prompt": "x"}\n["prompt"]\n')
-    with pytest.raises(UserError, match=r"a\.jsonl:2: no field 'prompt'"):
-        data.read_records(file, ("prompt",))
-    file.write_text("")
-    with pytest.raises(UserError, match="holds no records"):
-        data.read_records(file, ("prompt",))
-    with pytest.raises(UserError, match="no such file"):
-        data.read_records(tmp_path / "b.jsonl", ("prompt",))
-
-
 def test_records_survive_a_round_trip(tmp_path) -> None:
-    records = [{"prompt": "é\n\u2028 ", "responses": [" a", " b"], "ranks": [0, 1]}]
+    records = [{"prompt": "é\n\u2028 ", "responses": [" a", " b"], "ranks": [0, 1], "scores": [0.5, None]}]
     data.write_records(tmp_path / "r.jsonl", records)
-    assert data.read_records(tmp_path / "r.jsonl", ("prompt", "chosen|responses")) == records
+    assert data.load(tmp_path / "r.jsonl", "pairs") == records
+
+
+def test_texts_without_a_prompt_are_split_one_by_one() -> None:
+    records = [{"prompt": "", "response": f"text {i}"} for i in range(20)]
+    train, held_out = data.split_by_prompt(records, share=0.25, seed=0)
+    assert len(held_out) == 5 and sorted(r["response"] for r in train + held_out) == sorted(
+        r["response"] for r in records
+    )
+    pairs = [{"prompt": "", "chosen": f"a{i}", "rejected": "b"} for i in range(20)]
+    assert len(data.split_by_prompt(pairs, share=0.25, seed=0)[1]) == 5
+
+
+def test_of_one_text_the_end_is_held_out() -> None:
+    text = "".join(f"line {i}\n" for i in range(20))
+    train, held_out = data.split_by_prompt([{"prompt": "", "response": text}], share=0.1, seed=0)
+    assert train[0]["response"] + held_out[0]["response"] == text and held_out[0]["response"] == "line 19\n"

@@ -1,10 +1,28 @@
-"""Win rates, intervals and the bound for best-of-n."""
+"""Win rates, intervals, best-of-n, KL and the table: against plain definitions, and the whole evaluation on a run."""
 
 from __future__ import annotations
 
-import numpy as np
+import json
+import math
+import re
+from pathlib import Path
 
-from minirlhf.evaluate import best_of_n_kl, bootstrap_interval, wins
+import numpy as np
+import pytest
+import tiny
+import torch
+from tiny import ENCODING, EOS
+
+from minirlhf import data, evaluate
+from minirlhf.evaluate import PARTS, Evaluator, best_of_n_kl, bootstrap_interval, table, wins
+from minirlhf.feedback.collect import response_text
+from minirlhf.generate import generate
+from minirlhf.model import GPT
+from minirlhf.reward import RewardModel
+from minirlhf.runtime import Stream
+from minirlhf.world import judge
+
+PROMPTS = tiny.PROMPTS[:7]
 
 
 def test_ties_are_half_a_win_and_a_model_against_itself_wins_half() -> None:
@@ -19,8 +37,215 @@ def test_the_interval_of_the_mean_is_near_two_standard_errors() -> None:
     half = 1.96 * values.std() / 20
     # 2,000 resamples put each end of the interval within a few hundredths of a standard error.
     np.testing.assert_allclose([low, high], [values.mean() - half, values.mean() + half], atol=0.02)
+    assert bootstrap_interval(values, seed=0) == (low, high) != bootstrap_interval(values, seed=1)
+
+
+def test_prompts_are_resampled_with_replacement() -> None:
+    assert bootstrap_interval(np.full(9, 0.25), seed=0) == (0.25, 0.25)
+    # One 1 among four: k of a resample's four with probability C(4, k) 3^(4-k) / 256, so the ends are k = 0 and 3.
+    assert bootstrap_interval(np.array([1.0, 0.0, 0.0, 0.0]), seed=0) == (0.0, 0.75)
 
 
 def test_best_of_n_bound_by_hand() -> None:
     assert best_of_n_kl(1) == 0.0
     np.testing.assert_allclose([best_of_n_kl(4), best_of_n_kl(16)], [0.636, 1.835], atol=5e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- the evaluator
+def load(stage: str) -> GPT:
+    return GPT.from_pretrained(tiny.finished_run() / stage / "model").eval().requires_grad_(False)
+
+
+def reward_model() -> RewardModel:
+    return RewardModel.from_pretrained(tiny.finished_run() / "reward" / "model").requires_grad_(False)
+
+
+def config_of(run: Path, **changes) -> evaluate.Config:
+    settings = {"max_new_tokens": tiny.LONGEST, "micro_batch_tokens": 100, "seed": tiny.SEED, "device": "cpu"}
+    return evaluate.Config(run=run, **(settings | changes))
+
+
+def length_judge(prompt: str, response: str) -> tuple[float, float, float, float]:
+    """Stands in for the judge: numbers that anyone can count."""
+    return len(response), len(prompt), response.count(" "), 1.0
+
+
+@pytest.fixture(scope="module")
+def evaluator() -> Evaluator:
+    return Evaluator(
+        load("sft"), reward_model(), ENCODING, PROMPTS, config_of(tiny.finished_run()), judge_parts=length_judge
+    )
+
+
+def sampled_alone(model: GPT, i: int, k: int) -> list[int]:
+    """The answer of prompt i's stream k, at temperature 1."""
+    prompt = data.encode_prompt(ENCODING, PROMPTS[i])
+    samples = generate(
+        model,
+        [prompt],
+        max_new_tokens=tiny.LONGEST,
+        eos_id=EOS,
+        seed=tiny.SEED,
+        keys=[(Stream.EVALUATION, i, k)],
+    )
+    return samples.response_ids()[0]
+
+
+def test_answers_come_from_the_evaluations_own_streams(evaluator: Evaluator) -> None:
+    samples = evaluator.sample(evaluator.sft, candidates=3)
+    expected = [sampled_alone(evaluator.sft, i, k) for i in range(len(PROMPTS)) for k in range(3)]
+    assert samples.response_ids() == expected
+
+
+def score(prompt: str, response: list[int]) -> float:
+    ids = data.encode_prompt(ENCODING, prompt) + response
+    return reward_model()(torch.tensor([ids]), torch.tensor([len(ids)])).item()
+
+
+def test_every_measure_by_its_definition(evaluator: Evaluator) -> None:
+    policy = load("ppo")
+    answers = evaluator.measure(evaluator.sample(policy))
+    responses = [sampled_alone(policy, i, 0) for i in range(len(PROMPTS))]
+    assert answers.texts == [response_text(ENCODING, ids) for ids in responses]
+    assert answers.lengths.tolist() == [len(ids) for ids in responses]  # EOS counts
+    assert answers.finished.tolist() == [ids[-1] == EOS for ids in responses]
+    assert answers.kl_bound is None
+    for i, (prompt, response) in enumerate(zip(PROMPTS, responses, strict=True)):
+        ids = data.encode_prompt(ENCODING, prompt)
+        difference = tiny.response_logprobs(policy, ids, response) - tiny.response_logprobs(load("sft"), ids, response)
+        assert answers.kl[i] == pytest.approx(difference.sum().item(), abs=1e-4)  # a sum of float32 numbers
+        assert answers.reward[i] == pytest.approx(score(prompt, response), abs=1e-5)
+        assert answers.parts[i].tolist() == list(length_judge(prompt, answers.texts[i]))
+    assert abs(answers.kl).max() > 0.1
+
+
+def test_agreement_counts_the_pairs_of_a_prompt_that_the_judge_tells_apart(evaluator: Evaluator) -> None:
+    samples = evaluator.sample(evaluator.sft, candidates=4)
+    lengths = torch.tensor([len(response_text(ENCODING, ids)) for ids in samples.response_ids()])
+    pairs = [(r + i, r + j) for r in range(0, len(samples), 4) for i in range(3) for j in range(i)]
+    apart = [(i, j) for i, j in pairs if lengths[i] != lengths[j]]
+    assert evaluator.agreement(samples, lengths * 0.1, 3) == {"share": 1.0, "pairs": len(apart)}
+    assert evaluator.agreement(samples, -lengths, 3) == {"share": 0.0, "pairs": len(apart)}
+    rewards = evaluator.reward(samples)
+    share = np.mean([(rewards[i] > rewards[j]) == (lengths[i] > lengths[j]) for i, j in apart])
+    assert evaluator.agreement(samples, rewards, 3)["share"] == pytest.approx(share)
+    assert math.isnan(evaluator.agreement(samples, rewards, 1)["share"])  # one answer makes no pair
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_best_of_n_takes_the_best_by_reward_of_the_first_n(n: int, evaluator: Evaluator) -> None:
+    samples = evaluator.sample(evaluator.sft, candidates=5)
+    answers = evaluator.best_of(samples, evaluator.reward(samples), n)
+    assert answers.kl is None and answers.kl_bound == best_of_n_kl(n)
+    for i, prompt in enumerate(PROMPTS):
+        candidates = [sampled_alone(evaluator.sft, i, k) for k in range(n)]
+        best = max(candidates, key=lambda response, prompt=prompt: score(prompt, response))
+        assert answers.texts[i] == response_text(ENCODING, best)
+        assert answers.reward[i] == pytest.approx(score(prompt, best), abs=1e-5)
+
+
+def answers_of(total: list[float], **changes) -> evaluate.Answers:
+    count = len(total)
+    parts = np.stack([np.array(total), np.full(count, 0.1), np.full(count, 0.2), np.full(count, 0.3)], axis=1)
+    settings = {
+        "texts": [""] * count,
+        "kl": np.arange(count, dtype=float) ** 2,
+        "lengths": np.array([2] * (count - 1) + [8]),
+        "finished": np.array([True] * (count - 1) + [False]),
+        "reward": np.full(count, 0.5),
+        "parts": parts,
+    }
+    return evaluate.Answers(**(settings | changes))
+
+
+def test_the_summary_by_hand(evaluator: Evaluator) -> None:
+    row = evaluator.summarise(answers_of([1.0, 0.5, 0.0, 0.0]), answers_of([0.0, 0.5, 0.5, -1.0]))
+    assert {name: row[name]["mean"] for name in PARTS} == pytest.approx(
+        {"total": 0.375, "helpful": 0.1, "honest": 0.2, "harmless": 0.3}
+    )
+    assert row["win_rate"]["mean"] == (1 + 0.5 + 0 + 1) / 4
+    assert row["kl"] == (0 + 1 + 4 + 9) / 4 and not row["kl_is_bound"]
+    assert (row["length"], row["eos_rate"], row["reward"]) == (3.5, 0.75, 0.5)
+    seed = evaluator.config.seed
+    assert row["total"]["interval"] == bootstrap_interval(np.array([1.0, 0.5, 0.0, 0.0]), seed=seed)
+    assert row["win_rate"]["interval"] == bootstrap_interval(np.array([1.0, 0.5, 0.0, 1.0]), seed=seed)
+    bound = evaluator.summarise(answers_of([0.0] * 4, kl=None, kl_bound=0.7), answers_of([0.0] * 4))
+    assert bound["kl"] == 0.7 and bound["kl_is_bound"]
+
+
+def test_the_columns_of_the_table() -> None:
+    def part(mean: float, low: float, high: float) -> dict:
+        return {"mean": mean, "interval": (low, high)}
+
+    numbers = {
+        "total": part(0.11, 0.01, 0.21),
+        "helpful": part(0.22, 0, 0),
+        "honest": part(0.33, 0, 0),
+        "harmless": part(0.44, 0, 0),
+        "win_rate": part(0.55, 0.5, 0.6),
+        "kl": 6.6,
+        "kl_is_bound": False,
+        "length": 7.7,
+        "eos_rate": 0.88,
+        "reward": 0.99,
+    }
+    summary = {
+        "prompts": 123,
+        "reward_model_agreement": {"share": 0.876, "pairs": 54},
+        "models": {"ppo": numbers, "best-of-4": {**numbers, "kl_is_bound": True}},
+    }
+    head, first, second, foot, agreement = table(summary).split("\n")
+    names = re.split(r"\s{2,}", head)  # columns stand apart by two spaces or more
+    assert names == [
+        *("model", "judge", "95 % interval", "helpful", "honest", "harmless"),
+        *("win rate", "95 % interval", "KL", "length", "EOS", "reward"),
+    ]
+    shown = ["ppo", "0.11", "0.01 to 0.21", "0.22", "0.33", "0.44", "55%", "50% to 60%", "6.6", "7.7", "88%", "0.99"]
+    assert re.split(r"\s{2,}", first) == shown
+    assert second.split()[0] == "best-of-4" and "<= 6.6" in second
+    ends = [match.end() for match in re.finditer(r"\S+(?: \S+)*", head)][1:]
+    for row in (first, second):
+        assert len(row) == len(head) and all(row[end - 1] != " " for end in ends)  # numbers end below their heads
+    assert foot.startswith("123 held-out prompts")
+    assert "87.6% of 54 pairs" in agreement
+
+
+# -------------------------------------------------------------------------------------------------- the whole of a run
+def test_the_summary_of_a_run_is_that_of_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward", "ppo", "dpo")
+    calls = tiny.spy(monkeypatch, evaluate, "generate")
+    generator = torch.get_rng_state()
+    summary = evaluate.main(config_of(run, prompts=run / "train.jsonl", max_prompts=7, best_of=(2, 3)))
+    assert torch.equal(torch.get_rng_state(), generator)
+    for call in calls:  # never a stream of training, and one and the same for every model
+        assert call.arguments["seed"] == tiny.SEED
+        assert all(key[0] == Stream.EVALUATION for key in call.arguments["keys"])
+    assert json.loads((run / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert capsys.readouterr().out == table(summary) + "\n"
+    assert summary["prompts"] == 7
+    assert list(summary["models"]) == ["sft", "best-of-2", "best-of-3", "ppo", "dpo"]
+
+    answers = data.load(run / "answers.jsonl", "prompts")
+    assert [a["prompt"] for a in answers] == PROMPTS
+    totals = {m: [judge(a["prompt"], a[m]).total for a in answers] for m in summary["models"]}
+    for name, row in summary["models"].items():
+        for part in PARTS:
+            values = [getattr(judge(a["prompt"], a[name]), part) for a in answers]
+            assert row[part]["mean"] == pytest.approx(sum(values) / 7)
+        points = [(x > y) + 0.5 * (x == y) for x, y in zip(totals[name], totals["sft"], strict=True)]
+        assert row["win_rate"]["mean"] == pytest.approx(sum(points) / 7)
+        assert row["kl_is_bound"] == name.startswith("best-of")
+    for stage in ("sft", "ppo", "dpo"):
+        texts = [response_text(ENCODING, sampled_alone(load(stage), i, 0)) for i in range(7)]
+        assert [a[stage] for a in answers] == texts
+    assert summary["models"]["sft"]["kl"] == pytest.approx(0.0, abs=1e-5)
+    assert summary["models"]["sft"]["win_rate"]["mean"] == 0.5
+    assert summary["models"]["best-of-3"]["kl"] == pytest.approx(math.log(3) - 2 / 3)
+    rewards = [summary["models"][name]["reward"] for name in ("sft", "best-of-2", "best-of-3")]
+    assert rewards == sorted(rewards) and rewards[0] < rewards[2]
+
+
+def test_stages_that_have_not_run_are_left_out(tmp_path: Path) -> None:
+    run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward", "dpo")
+    summary = evaluate.main(config_of(run, prompts=run / "prompts.jsonl", best_of=()))
+    assert list(summary["models"]) == ["sft", "dpo"]

@@ -2,21 +2,32 @@
 
     python -m minirlhf.feedback             # after train_sft.py; writes <run>/feedback/rankings.jsonl
 
+With real people it goes in steps, each a command (`--help` after its name tells more):
+
+    python -m minirlhf.feedback collect     # several answers to each prompt
+    python -m minirlhf.feedback label       # compare them by hand, in the terminal or on a page
+    python -m minirlhf.feedback export      # or in Label Studio, and `import` what people chose there
+    python -m minirlhf.feedback stats       # what the labels are worth
+    python -m minirlhf.feedback pairs       # labels to training data
+
 The simulated labeller knows the embedded world's judge and errs as people do: it prefers the better answer with a
 probability that grows with the difference (Boltzmann-rational), and can be made noisier or fond of length.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from minirlhf import data, tokenizer
+from minirlhf.feedback import candidates, label, label_studio, pairs, stats
 from minirlhf.feedback.collect import collect, reencoded_differently
-from minirlhf.metrics import RunLog, file_hash
+from minirlhf.metrics import file_hash
 from minirlhf.model import GPT
 from minirlhf.runtime import project_file, require, resolve_device, run_script
+from minirlhf.stage import Stage
 from minirlhf.world import TEMPERATURE, Labeller, judge
 
 
@@ -44,6 +55,8 @@ class Config:
     """Probability that the labeller ranks at random."""
     length_bias: float = 0.0
     """What a word more adds to an answer's score in the labeller's eyes."""
+    resume: bool = False
+    """Leave a finished stage as it is; an unfinished one starts again."""
     seed: int = 0
     """Seed of the answers and of the labeller."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -57,7 +70,11 @@ def main(config: Config) -> Path:
     """Run the stage; returns the file of rankings."""
     device = resolve_device(config.device)
     folder = config.policy or config.run / "sft" / "model"
-    prompts = [r["prompt"] for r in data.read_records(config.prompts, ("prompt",))][: config.max_prompts]
+    output = config.run / "feedback" / "rankings.jsonl"
+    stage = Stage(config.run / "feedback", config, inputs=(config.prompts,), models=(folder,), resume=config.resume)
+    if stage.finished:
+        return output
+    prompts = [r["prompt"] for r in data.load(config.prompts, "prompts")][: config.max_prompts]
     require(config.candidates >= 2, f"--candidates {config.candidates}: a comparison needs at least 2")
     encoding = tokenizer.load(folder)
     policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
@@ -68,35 +85,34 @@ def main(config: Config) -> Path:
         seed=config.seed,
     )
 
-    log = RunLog(config.run / "feedback", config, inputs=(config.prompts,), steps=1)
-    records = collect(
-        policy,
-        encoding,
-        prompts,
-        candidates=config.candidates,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        seed=config.seed,
-    )
-    provenance = {
-        "labeller": "simulated",
-        "seed": config.seed,
-        "policy": file_hash(folder / "model.safetensors"),
-        "temperature": config.temperature,
-    }
-    for number, record in enumerate(records):
-        record["ranks"] = labeller.rank(record["prompt"], record["responses"], key=number)
-        record |= provenance
-    rankings = [r for r in records if len(r["responses"]) >= 2]
-    data.write_records(config.run / "feedback" / "rankings.jsonl", rankings)
-    tokens = sum(len(ids) for r in records for ids in r["response_ids"])
-    log.row(
-        0,
-        {**statistics(records), "reencoded_differently": sum(reencoded_differently(encoding, r) for r in records)},
-        tokens=tokens,
-    )
-    log.close()
-    return config.run / "feedback" / "rankings.jsonl"
+    with stage.begin(None, steps=1):
+        records = collect(
+            policy,
+            encoding,
+            prompts,
+            candidates=config.candidates,
+            max_new_tokens=config.max_new_tokens,
+            temperature=config.temperature,
+            seed=config.seed,
+        )
+        provenance = {
+            "labeller": "simulated",
+            "seed": config.seed,
+            "policy": file_hash(folder / "model.safetensors"),
+            "temperature": config.temperature,
+        }
+        for number, record in enumerate(records):
+            record["ranks"] = labeller.rank(record["prompt"], record["responses"], key=number)
+            record |= provenance
+        rankings = [r for r in records if len(r["responses"]) >= 2]
+        data.write_records(output, rankings)
+        tokens = sum(len(ids) for r in records for ids in r["response_ids"])
+        stage.finish(
+            0,
+            {**statistics(records), "reencoded_differently": sum(reencoded_differently(encoding, r) for r in records)},
+            tokens=tokens,
+        )
+    return output
 
 
 def statistics(records: list[data.Record]) -> dict:
@@ -117,5 +133,24 @@ def statistics(records: list[data.Record]) -> dict:
     }
 
 
+# Name, then what it runs, its settings, and what --help says first.
+COMMANDS = {
+    "collect": (candidates.main, candidates.PRESETS, candidates.__doc__),
+    "label": (label.main, label.PRESETS, label.__doc__),
+    "export": (label_studio.export_tasks, label_studio.EXPORT, label_studio.__doc__),
+    "import": (label_studio.import_labels, label_studio.IMPORT, label_studio.__doc__),
+    "stats": (stats.main, stats.PRESETS, stats.__doc__),
+    "pairs": (pairs.main, pairs.PRESETS, pairs.__doc__),
+}
+
+
 if __name__ == "__main__":
-    run_script(main, PRESETS)
+    if sys.argv[1:2] and not sys.argv[1].startswith("-"):
+        name = sys.argv.pop(1)
+        if name not in COMMANDS:
+            print(f"error: {name}: not one of {', '.join(COMMANDS)}", file=sys.stderr)
+            sys.exit(2)
+        command, presets, __doc__ = COMMANDS[name]
+        run_script(command, presets)
+    else:
+        run_script(main, PRESETS)

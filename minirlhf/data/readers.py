@@ -1,0 +1,155 @@
+"""One entry for all data: `load` takes a file or a name on the hub and gives the project's records.
+
+What a source holds is found from its content. Bad lines stop a run; rows that say nothing (an empty response, chosen
+equal to rejected, differing prompts, no label) are counted, said, and never trained on.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minirlhf.data.fields import BadRow, LeftOut, find, layout_of
+from minirlhf.data.formats import FORMATS, Format, Kind, Record
+from minirlhf.data.rows import Bad, Content, Row
+from minirlhf.data.sources import read_source
+from minirlhf.runtime import UserError, require
+
+KINDS: tuple[Kind, ...] = ("pairs", "demonstrations", "prompts")  # the richest first
+SAMPLE = 100  # rows that decide which format a source has
+TABLE = re.compile(r"\w+(,\w+)+\r?")  # names of columns, as CSV files begin
+
+
+@dataclass
+class Dataset:
+    """What a source holds.
+
+    container  what its bytes are, e.g. "JSON Lines, gzip";  format  what its fields mean
+    records    the project's records, of one kind;  bad  lines that cannot be read
+    left_out   reasons with their counts
+    """
+
+    source: str
+    container: str
+    format: str
+    kind: Kind
+    rows: int
+    records: list[Record] = field(default_factory=list)
+    bad: list[Bad] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def summary(self) -> str:
+        """One line: what was found, and what was left out."""
+        line = f"{self.source}: {self.container}, {self.format}: {len(self.records)} {self.kind}"
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in self.left_out.most_common())
+        return f"{line}; {reasons} left out" if reasons else line
+
+
+def load(source: str | Path, kind: Kind, *, split: str = "", columns: Sequence[str] = ()) -> list[Record]:
+    """The records of a file or a hub name.
+
+    kind     "pairs" (rankings too), "demonstrations" (of pairs: the chosen answers) or "prompts" (of anything)
+    split    a split of a hub data set, and a slice of it or of a file: "train", "test[:1000]", "[10%:]"
+    columns  "ours=theirs" for fields with other names, e.g. "prompt=query"
+    Raises UserError that names file, line and reason where a line is bad, or where nothing is left to learn from.
+    """
+    dataset = read(source, kind, split=split, columns=columns)
+    if dataset.bad:
+        raise UserError(
+            f"{dataset.bad[0]} (bad lines: {len(dataset.bad)}; `python -m minirlhf.data check {source}` lists them)"
+        )
+    require(len(dataset.records) > 0, f"{dataset.summary()}; nothing to learn from")
+    if dataset.left_out:
+        print(dataset.summary(), flush=True)
+    return dataset.records
+
+
+def read(source: str | Path, kind: Kind | None = None, *, split: str = "", columns: Sequence[str] = ()) -> Dataset:
+    """Read a source whole, bad lines included; kind None takes the richest that it can give."""
+    content = read_source(source, split, columns)
+    dataset = Dataset(str(source), content.container, "nothing that can be read", kind or "prompts", len(content.rows))
+    dataset.bad = list(content.bad)
+    if content.container.startswith("plain text"):
+        return _plain_text(dataset, content, kind)
+    if not content.rows:
+        require(bool(content.bad), f"{source}: holds no records")
+        return dataset
+    form, dataset.kind = _detect(content.rows, kind)
+    dataset.format = form.name
+    return _parse(dataset, form, content.rows)
+
+
+def write_records(path: Path | str, records: Sequence[Record]) -> None:
+    """Write records as JSONL, one a line, readable UTF-8."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for record in records:
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+# ------------------------------------------------------------------------------------------------------------ records
+def _detect(rows: list[Row], kind: Kind | None) -> tuple[Format, Kind]:
+    """The format that fits most of the first rows and can give `kind`; without a kind, the richest."""
+    sample = rows[:SAMPLE]
+    for wanted in (kind,) if kind else KINDS:
+        able = [form for form in FORMATS if wanted in form.kinds]
+        counts = [sum(form.fits(row.value) for row in sample) for form in able]
+        best = max(counts)
+        if best and (kind or best * 2 >= len(sample)):
+            return able[counts.index(best)], wanted
+    row = next((row for row in sample if isinstance(row.value, dict)), sample[0])
+    there = f"the fields {', '.join(map(str, row.value))}" if isinstance(row.value, dict) else "a value without fields"
+    raise UserError(
+        f"{row.place}: {f'no {kind}' if kind else 'nothing'} can be read from {there}; name the fields that hold them, "
+        f"e.g. --columns prompt=query response=reply, or give a file with prompt and response, or prompt, chosen and "
+        f"rejected"
+    )
+
+
+def _parse(dataset: Dataset, form: Format, rows: list[Row]) -> Dataset:
+    layout = layout_of([row.value for row in rows if isinstance(row.value, dict)])
+    for row in rows:
+        try:
+            dataset.records += form.read(_checked(row.value, form), dataset.kind, layout)
+        except BadRow as error:
+            dataset.bad.append(Bad(row.place, str(error)))
+        except LeftOut as reason:
+            dataset.left_out[str(reason)] += 1
+    if dataset.kind == "prompts" and form.kinds != ("prompts",):
+        distinct = list(dict.fromkeys(record["prompt"] for record in dataset.records))
+        dataset.left_out["a prompt that came before"] += len(dataset.records) - len(distinct)
+        dataset.records = [{"prompt": prompt} for prompt in distinct]
+    elif dataset.kind == "demonstrations" and "pairs" in form.kinds:
+        dataset.format += " (their chosen answers)"
+        dataset.records = [{"prompt": r["prompt"], "response": r["chosen"]} for r in dataset.records]
+    dataset.bad.sort(key=lambda bad: int(bad.place.rpartition(":")[2]))
+    dataset.left_out = +dataset.left_out  # without reasons that never held
+    return dataset
+
+
+def _checked(value: Any, form: Format) -> Any:
+    if form.fits(value):
+        return value
+    if not isinstance(value, dict):
+        raise BadRow("not an object with fields")
+    for need in form.needs:
+        find(value, need)
+    raise BadRow(f"not one of the {form.name}")
+
+
+def _plain_text(dataset: Dataset, content: Content, kind: Kind | None) -> Dataset:
+    """All lines as one text without a prompt."""
+    first = content.rows[0].place if content.rows else dataset.source
+    if content.rows and TABLE.fullmatch(content.rows[0].value):
+        raise UserError(f"{first}: looks like CSV, which is not read; save it as TSV or JSON Lines")
+    require(kind in (None, "demonstrations"), f"{first}: plain text, which holds no {kind}; give a file with fields")
+    text = "\n".join(row.value.removesuffix("\r") for row in content.rows)
+    dataset.format, dataset.kind = "one text", "demonstrations"
+    dataset.records = [{"prompt": "", "response": text}] if text.strip() else []
+    return dataset

@@ -1,0 +1,115 @@
+"""How far labels can be trusted: habits of position, agreement with oneself, agreement with others.
+
+A comparison of K responses is looked at as its K(K-1)/2 pairs; on each a label says first, second or neither (a tie,
+or both bad). Skips say nothing and are not counted.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from minirlhf.feedback.labels import Label
+
+Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+@dataclass(frozen=True)
+class Share:
+    """`count` out of `of`, with the 95 % interval of the probability behind it."""
+
+    count: int
+    of: int
+
+    @property
+    def mean(self) -> float:
+        """The share; nan of none."""
+        return self.count / self.of if self.of else math.nan
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's interval, which stays within 0 and 1 and holds for few labels too; (0, 1) of none.
+
+        (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),  z = 1.96
+
+        Wilson 1927. Trap: p -+ z sqrt(p(1-p)/n) would give 20 of 20 the interval from 1 to 1.
+        """
+        n, p = self.of, self.mean
+        if not n:
+            return 0.0, 1.0
+        middle, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+        return max(0.0, (middle - half) / (1 + Z**2 / n)), min(1.0, (middle + half) / (1 + Z**2 / n))
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How two labellers agree on the pairs that both judged; kappa is nan where both always say the same one thing."""
+
+    labellers: tuple[str, str]
+    share: Share
+    kappa: float
+
+
+def first_labels(labels: Sequence[Label]) -> list[Label]:
+    """Each labeller's first label of each item, skips left out."""
+    first = {(label.labeller, label.item): label for label in reversed(labels) if label.verdict != "skip"}
+    kept = {id(label) for label in first.values()}
+    return [label for label in labels if id(label) in kept]
+
+
+def choices(label: Label) -> list[int]:
+    """For each pair of responses, in the order of their texts: -1 the first is better, 1 the second, 0 neither."""
+    ranked = sorted(zip(label.responses, label.ranks, strict=True))
+    return [(a > b) - (a < b) for (_, a), (_, b) in itertools.combinations(ranked, 2)]
+
+
+def position_bias(labels: Sequence[Label]) -> dict[int, Share]:
+    """How often the best of K was the one shown first, by K; 1/K without a habit. First labels with one best count."""
+    counts: dict[int, Counter[bool]] = defaultdict(Counter)
+    for label in first_labels(labels):
+        if label.shown is not None and label.ranks.count(0) == 1:
+            counts[len(label.ranks)][label.ranks[label.shown[0]] == 0] += 1
+    return {k: Share(count[True], count.total()) for k, count in sorted(counts.items())}
+
+
+def self_agreement(labels: Sequence[Label]) -> dict[str, Share]:
+    """Share of pairs on which a labeller's later labels of an item say what the first one said."""
+    first = {(label.labeller, label.item): label for label in first_labels(labels)}
+    same: dict[str, Counter[bool]] = defaultdict(Counter)
+    for label in labels:
+        original = first.get((label.labeller, label.item))
+        if label.verdict != "skip" and original is not None and label is not original:
+            same[label.labeller].update(a == b for a, b in zip(choices(original), choices(label), strict=True))
+    return {name: Share(count[True], count.total()) for name, count in sorted(same.items())}
+
+
+def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> float:
+    """Agreement of two labellers beyond chance: 1 is perfect, 0 what two with these habits would have by chance.
+
+    kappa = (p_o - p_e) / (1 - p_e),  p_o share of equal choices,  p_e = sum_c p_1(c) p_2(c)
+
+    Cohen 1960. nan for no choices, or where p_e is 1: then both always make the same choice.
+    """
+    n = len(first)
+    observed = sum(a == b for a, b in zip(first, second, strict=True))
+    one, two = Counter(first), Counter(second)
+    expected = sum(one[c] * two[c] for c in one)  # times n^2
+    return (observed * n - expected) / (n * n - expected) if n * n != expected else math.nan
+
+
+def between_labellers(labels: Sequence[Label]) -> list[Agreement]:
+    """Agreement of every two labellers on the items that both labelled, first labels alone."""
+    by_labeller: dict[str, dict[str, Label]] = defaultdict(dict)
+    for label in first_labels(labels):
+        by_labeller[label.labeller][label.item] = label
+    found = []
+    for one, two in itertools.combinations(sorted(by_labeller), 2):
+        shared = sorted(by_labeller[one].keys() & by_labeller[two].keys())
+        if shared:
+            mine, theirs = ([c for item in shared for c in choices(by_labeller[who][item])] for who in (one, two))
+            share = Share(sum(a == b for a, b in zip(mine, theirs, strict=True)), len(mine))
+            found.append(Agreement((one, two), share, cohens_kappa(mine, theirs)))
+    return found

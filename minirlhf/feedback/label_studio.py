@@ -1,0 +1,175 @@
+"""Label Studio, a labelling server: pairs out as its tasks, people's choices in from its export.
+
+    python -m minirlhf.feedback export       # <run>/labels/label-studio.json, to upload as tasks
+    python -m minirlhf.feedback import --export downloaded.json      # to <run>/labels/label-studio.jsonl
+
+A task holds `prompt`, `answer1` (left) and `answer2` (right) to read, and the exact texts under `source`, which come
+back in the export, so that nothing has to be looked up. Tasks of other origin, without `source`, are read too. The
+project's labelling interface in Label Studio:
+
+    <View>
+      <Text name="prompt" value="$prompt"/>
+      <View style="display: grid; grid-template-columns: 1fr 1fr; gap: 1em">
+        <Text name="answer1" value="$answer1"/>
+        <Text name="answer2" value="$answer2"/>
+      </View>
+      <Pairwise name="comparison" toName="answer1,answer2"/>
+    </View>
+
+Its JSON export has an annotation's `selected: left | right` under `result`, the short one (JSON-MIN) beside the texts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from minirlhf import data
+from minirlhf.data.fields import ASSISTANT, HUMAN, BadRow, LeftOut, as_answer, text_of
+from minirlhf.data.formats import FORMATS
+from minirlhf.feedback import lines
+from minirlhf.feedback.candidates import read_candidates
+from minirlhf.feedback.labels import Label, parse_label, ranks_of
+from minirlhf.feedback.tasks import Task, make_tasks
+from minirlhf.runtime import require
+
+LAYOUTS = [form for form in FORMATS if form.name.startswith("Label Studio")]
+
+
+@dataclass
+class ExportConfig:
+    run: Path = Path("runs/tiny")
+    """Folder of the run; reads and writes `<run>/labels`."""
+    candidates: Path | None = None
+    """Candidates, by default `<run>/labels/candidates.jsonl`."""
+    output: Path | None = None
+    """File to write, by default `<run>/labels/label-studio.json`; an existing one is never overwritten."""
+    pairs_per_prompt: int = 1
+    """Pairs asked about each prompt."""
+    seed: int = 0
+    """Seed of the choice of pairs, of their order, and of which answer is on the left."""
+
+
+@dataclass
+class ImportConfig:
+    run: Path = Path("runs/tiny")
+    """Folder of the run; writes into `<run>/labels`."""
+    export: Path | None = None
+    """The file that Label Studio exported, JSON or JSON-MIN."""
+    output: Path | None = None
+    """File of labels, by default `<run>/labels/label-studio.jsonl`; an existing one is never overwritten."""
+
+
+EXPORT, IMPORT = {"export": ExportConfig()}, {"import": ImportConfig()}
+
+
+def export_tasks(config: ExportConfig) -> Path:
+    """Write a pair a task as a JSON array; returns the file."""
+    output = config.output or config.run / "labels" / "label-studio.json"
+    require(not output.exists(), f"{output}: exists already; give another --output, or move it away")
+    require(config.pairs_per_prompt >= 1, f"--pairs-per-prompt {config.pairs_per_prompt}: must be at least 1")
+    source = config.candidates or config.run / "labels" / "candidates.jsonl"
+    require(source.is_file(), f"{source}: no such file; make it with `python -m minirlhf.feedback collect`")
+    tasks = make_tasks(
+        read_candidates(source),
+        mode="pairs",
+        pairs_per_prompt=config.pairs_per_prompt,
+        repeat_share=0.0,
+        labeller="label-studio",
+        seed=config.seed,
+    )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    content = ",\n".join(json.dumps({"data": task_data(task)}, ensure_ascii=False) for task in tasks)
+    output.write_text(f"[{content}]\n", encoding="utf-8", newline="\n")
+    print(f"{output}: {len(tasks)} tasks")
+    return output
+
+
+def task_data(task: Task) -> dict[str, Any]:
+    """What Label Studio keeps of a task: the texts to read, and those that labels are about."""
+    left, right = (answer.strip() for answer in task.answers)
+    known = {name: value for name, value in vars(task.candidates).items() if value is not None}
+    return {
+        "prompt": message_of(task.candidates.prompt),
+        "answer1": left,
+        "answer2": right,
+        "source": {**known, "shown": task.shown},
+    }
+
+
+def message_of(prompt: str) -> str:
+    """The message in a dialogue of one turn; any other prompt as it is, without white space around it."""
+    message = prompt.removeprefix(HUMAN).removesuffix(ASSISTANT)
+    one_turn = prompt == f"{HUMAN}{message}{ASSISTANT}" and HUMAN not in message and ASSISTANT not in message
+    return message.strip() if one_turn else prompt.strip()
+
+
+def import_labels(config: ImportConfig) -> Path:
+    """Write the choices of an export as labels; returns the file."""
+    require(config.export is not None, "import: name the exported file with --export")
+    output = config.output or config.run / "labels" / "label-studio.jsonl"
+    require(not output.exists(), f"{output}: exists already; give another --output, or move it away")
+    labels, left_out = read_export(config.export)
+    require(len(labels) > 0, f"{config.export}: no task in it is labelled")
+    data.write_records(output, [label.record() for label in labels])
+    print(f"{output}: {len(labels)} labels" + "".join(f", {n} tasks left out: {why}" for why, n in left_out.items()))
+    return output
+
+
+def read_export(path: Path) -> tuple[list[Label], Counter[str]]:
+    """The labels in an export, and why tasks were left out; raises UserError with file:line for a bad one."""
+    left_out: Counter[str] = Counter()
+
+    def parse(row: lines.Row) -> list[Label]:
+        try:
+            return _labels(row)
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            return []
+
+    return [label for labels in lines.read_lines(path, parse) for label in labels], left_out
+
+
+def _labels(row: lines.Row) -> list[Label]:
+    """A label for every choice that was made in a task."""
+    form = next((form for form in LAYOUTS if form.fits(row)), None)
+    if form is None:
+        raise BadRow("not a task of Label Studio: it needs prompt, answer1 and answer2, under 'data' or by themselves")
+    task = row.get("data", row)
+    labels = []
+    for pair in form.read(row, "pairs", "messages"):
+        left = pair["chosen"] == as_answer(text_of(task, "answer1"))
+        side = "left" if left else "right"
+        record = _source(task) if "source" in task else _texts(pair, left)
+        ranks = ranks_of(side, lines.whole_numbers(record, "shown", count=2))
+        who = {"verdict": side, "labeller": _name(pair.get("labeller"))}
+        labels.append(parse_label({**record, "ranks": list(ranks), **who}))
+    return labels
+
+
+def _texts(pair: data.Record, left: bool) -> lines.Row:
+    sides = [pair["chosen"], pair["rejected"]]
+    return {"prompt": pair["prompt"], "responses": sides if left else sides[::-1], "shown": [0, 1]}
+
+
+def _source(task: lines.Row) -> lines.Row:
+    """The exact texts that `export_tasks` put into a task; raises BadRow where they are not those that were read."""
+    source = task["source"]
+    if not isinstance(source, dict):
+        raise BadRow("'source' is not an object; export the tasks anew")
+    responses = lines.responses_of(source)
+    shown = lines.whole_numbers(source, "shown", count=2)
+    answers = [text_of(task, name).strip() for name in ("answer1", "answer2")]
+    if sorted(shown) != [0, 1] or [responses[i].strip() for i in shown] != answers:
+        raise BadRow("'answer1' and 'answer2' are not the responses under 'source'; export the tasks anew")
+    return source
+
+
+def _name(labeller: object) -> str:
+    """The annotator, whom exports name by number, by address, or not at all."""
+    if isinstance(labeller, dict):
+        labeller = labeller.get("email") or labeller.get("id")
+    return "label-studio" if labeller is None else f"label-studio {labeller}"

@@ -1,0 +1,144 @@
+"""From labels to training data: one record for all that a labeller said about a prompt, split by prompt.
+
+    python -m minirlhf.feedback pairs           # <run>/labels/labels.jsonl to <run>/labels/comparisons.jsonl
+    python train_reward.py --comparisons runs/tiny/labels/comparisons.jsonl
+
+Each labeller's first label of an item counts; skips and repeats do not. A record is a ranking (rank 0 is best), and
+`train_reward.py` and `train_dpo.py` learn from all its pairs in one batch element. Pairs that were labelled one by one
+become a ranking where every pair of a prompt's responses was labelled and no labels contradict each other; else they
+stay records of two, because equal ranks would claim a tie that nobody saw.
+
+Left out: ties modelled (`bradley_terry.davidson_loss`) and whole rankings (`plackett_luce_loss`). The records hold
+what both need, but the training scripts have no setting for them yet.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from minirlhf import data
+from minirlhf.feedback.agreement import first_labels
+from minirlhf.feedback.labels import Label, read_labels
+from minirlhf.runtime import require
+
+Ties = Literal["drop", "half"]
+Form = Literal["rankings", "best"]
+
+
+@dataclass
+class Config:
+    run: Path = Path("runs/tiny")
+    """Folder of the run; reads and writes `<run>/labels`."""
+    labels: tuple[Path, ...] = ()
+    """Files of labels, by default `<run>/labels/labels.jsonl`."""
+    form: Form = "rankings"
+    """`rankings` give all pairs of a prompt; `best` only those of the best against each other one."""
+    ties: Ties = "drop"
+    """`drop` learns nothing from ties; `half` counts a tie as half a win each way, by writing every record twice and a
+    tie once each way: train for half the epochs then."""
+    held_out_share: float = 0.0
+    """Share of the prompts whose records go to `held-out.jsonl`, for measuring; training never sees them."""
+    output: Path | None = None
+    """File to write, by default `<run>/labels/comparisons.jsonl`; made anew each time."""
+    seed: int = 0
+    """Seed of the split."""
+
+
+PRESETS = {"pairs": Config()}
+
+
+def main(config: Config) -> Path:
+    """Write the records; returns the file to train from."""
+    share = config.held_out_share
+    require(0 <= share < 1, f"--held-out-share {share}: must be 0 or more and less than 1")
+    files = config.labels or (config.run / "labels" / "labels.jsonl",)
+    output = config.output or config.run / "labels" / "comparisons.jsonl"
+    require(output.resolve() not in [file.resolve() for file in files], f"--output {output}: holds the labels")
+    labels = [label for file in files for label in read_labels(file)]
+    records = training_records(labels, form=config.form, ties=config.ties)
+    require(len(records) > 0, f"{len(labels)} labels, but none of them prefers one response; nothing to learn from")
+    train, held_out = data.split_by_prompt(records, share=share, seed=config.seed)
+    data.write_records(output, train)
+    pairs = sum(len(data.pairs_from_ranks(record["ranks"])) for record in train)
+    print(f"{output}: {len(train)} records, {pairs} pairs, from {len(labels)} labels")
+    if share:
+        file = output.with_name("held-out.jsonl")
+        data.write_records(file, held_out)
+        print(f"{file}: {len(held_out)} records of other prompts")
+    return output
+
+
+def training_records(labels: Sequence[Label], *, form: Form, ties: Ties) -> list[data.Record]:
+    """Ranking records for training, in the order of the labels; see the head of this file."""
+    records = join_pairs(first_labels(labels))
+    tied = [pair for record in records for pair in _tied_pairs(record, form)] if ties == "half" else []
+    if form == "best":
+        records = [{**record, "ranks": [min(rank, 1) for rank in record["ranks"]]} for record in records]
+    decided = [record for record in records if len(set(record["ranks"])) > 1]
+    return [*decided, *decided, *tied] if ties == "half" else decided
+
+
+def join_pairs(labels: Sequence[Label]) -> list[data.Record]:
+    """One record a label; the pairs of a labeller on a prompt become one where they are a whole ranking."""
+    groups: dict[tuple[str, str, int], list[Label]] = defaultdict(list)
+    for label in labels:
+        single = id(label) if len(label.responses) > 2 else 0  # a ranking stays by itself
+        groups[label.labeller, label.prompt, single].append(label)
+    records = []
+    for group in groups.values():
+        joined = _ranking_of(group) if len(group) > 1 else None
+        records += [_record(label) for label in group] if joined is None else [joined]
+    return records
+
+
+def _record(label: Label) -> data.Record:
+    record = {"prompt": label.prompt, "responses": list(label.responses), "ranks": list(label.ranks)}
+    return {**record, **_known(label.labeller, sources=label.sources, response_ids=label.response_ids)}
+
+
+def _known(labeller: str, **columns: Sequence[object] | None) -> data.Record:
+    return {"labeller": labeller, **{name: list(values) for name, values in columns.items() if values is not None}}
+
+
+def _ranking_of(group: Sequence[Label]) -> data.Record | None:
+    """The ranking that makes exactly these labels; None where a pair is missing or they contradict each other."""
+    texts = list(dict.fromkeys(text for label in group for text in label.responses))
+    if len(group) != len(texts) * (len(texts) - 1) // 2:
+        return None
+    points = dict.fromkeys(texts, 0)  # 2 for a win, 1 for a tie
+    for label in group:
+        for text, rank in zip(label.responses, label.ranks, strict=True):
+            points[text] += 2 - 2 * rank if len(set(label.ranks)) > 1 else 1
+    levels = sorted(set(points.values()), reverse=True)
+    rank_of = {text: levels.index(points[text]) for text in texts}
+    for label in group:
+        (one, two), (mine, theirs) = label.ranks, (rank_of[text] for text in label.responses)
+        if (mine > theirs) - (mine < theirs) != one - two:
+            return None
+    columns = {}
+    for name in ("sources", "response_ids"):
+        if all(getattr(label, name) is not None for label in group):
+            values = {t: v for label in group for t, v in zip(label.responses, getattr(label, name), strict=True)}
+            columns[name] = [values[text] for text in texts]
+    ranking = {"prompt": group[0].prompt, "responses": texts, "ranks": [rank_of[text] for text in texts]}
+    return {**ranking, **_known(group[0].labeller, **columns)}
+
+
+def _tied_pairs(record: data.Record, form: Form) -> list[data.Record]:
+    """Every tie of a record as two records of two, one each way; where the best alone are compared, of the best."""
+    ranks, made = record["ranks"], []
+    for i, j in itertools.combinations(range(len(ranks)), 2):
+        if ranks[i] == ranks[j] and (form == "rankings" or ranks[i] == 0):
+            columns = {
+                name: [record[name][i], record[name][j]]
+                for name in ("responses", "sources", "response_ids")
+                if name in record
+            }
+            pair = {"prompt": record["prompt"], "labeller": record["labeller"], **columns}
+            made += [{**pair, "ranks": [0, 1]}, {**pair, "ranks": [1, 0]}]
+    return made

@@ -1,0 +1,170 @@
+"""A labelling session: which task is next, what a key does, and what is saved. Terminal and web page both drive it.
+
+Keys for two responses: 1 or left arrow, 2 or right arrow, t tie, b both bad, s skip, u undo. For more: their numbers
+from best to worst, = before a number to tie it with the one before, Enter to leave the rest equal and last.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from minirlhf.feedback.label_file import LabelFile
+from minirlhf.feedback.labels import Label, ranks_of
+from minirlhf.feedback.tasks import Task
+from minirlhf.runtime import require
+
+MOST = 9  # responses that have a digit of their own
+VERDICT_KEYS = {"t": "tie", "b": "bad", "s": "skip"}
+SIDES = {"1": "left", "2": "right", "left": "left", "right": "right"}
+
+
+class Session:
+    """One labeller at work.
+
+    tasks     all tasks; those that this labeller has labelled in `file` are done
+    message   what the last key did, in words
+    note      goes into the label of the current task
+    lock      held by whoever presses a key: the page answers from several threads
+    """
+
+    def __init__(
+        self, tasks: Sequence[Task], file: LabelFile, *, labeller: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        longest = max((len(task.shown) for task in tasks), default=0)
+        require(longest <= MOST, f"{longest} responses to a prompt: at most {MOST} can be ranked by hand")
+        self.tasks, self.file, self.labeller, self.clock = list(tasks), file, labeller, clock
+        self.lock = threading.RLock()
+        self.message, self.version = "", 0
+        self._places = {task.key: i for i, task in enumerate(self.tasks)}
+        self._began, self._saved = clock(), 0
+        own = [label for label in file.labels if label.labeller == labeller]
+        self._done = {(label.item, label.repeat) for label in own}
+        self._skipped = {label.item for label in own if label.verdict == "skip"}
+        self._go_on()
+
+    # -------------------------------------------------------------------------------------------------------- the task
+    def _go_on(self) -> None:
+        """To the first task that is not done; what was skipped is not asked again."""
+        self._start(next((i for i, task in enumerate(self.tasks) if self._open(task)), None))
+
+    def _open(self, task: Task) -> bool:
+        item, repeat = task.key
+        return task.key not in self._done and not (repeat and item in self._skipped)
+
+    def _start(self, place: int | None) -> None:
+        self.current = None if place is None else self.tasks[place]
+        self.picked: list[list[int]] = []  # levels of displayed positions, best first
+        self._tie_next = False
+        self.note = ""
+        self._shown_at = self.clock()
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """Tasks done, all tasks, labels a minute since this session began, minutes left at that rate."""
+        open_tasks = sum(self._open(task) for task in self.tasks)
+        minutes = (self.clock() - self._began) / 60
+        rate = self._saved / minutes if self._saved > 0 and minutes > 0 else 0.0
+        left = open_tasks / rate if rate else None
+        return {"done": len(self.tasks) - open_tasks, "total": len(self.tasks), "rate": rate, "minutes_left": left}
+
+    # ------------------------------------------------------------------------------------------------------------ keys
+    def press(self, key: str) -> None:
+        """What one key does; `message` says it in words. A label is on the disk when this returns."""
+        with self.lock:
+            self.version += 1
+            if key == "u":
+                self._undo()
+            elif self.current is None:
+                self.message = "all done; u undoes the last label"
+            elif key in VERDICT_KEYS:
+                self._save(VERDICT_KEYS[key], ranks_of(VERDICT_KEYS[key], self.current.shown))
+            elif len(self.current.shown) == 2:
+                self._choose(key)
+            else:
+                self._pick(key)
+
+    def _choose(self, key: str) -> None:
+        if key in SIDES:
+            self._save(SIDES[key], ranks_of(SIDES[key], self.current.shown))
+        else:
+            self.message = f"the key {key!r} does nothing here"
+
+    def _pick(self, key: str) -> None:
+        """The next in a ranking."""
+        count = len(self.current.shown)
+        taken = [i for level in self.picked for i in level]
+        left = [i for i in range(count) if i not in taken]
+        if key == "=" and self.picked:
+            self._tie_next = True
+            self.message = "the next one ties with the one before"
+        elif key == "enter" and self.picked:
+            self._finish_ranking([*self.picked, left])
+        elif key.isdecimal() and int(key) - 1 in left:
+            self._place(int(key) - 1)
+            if len(left) == 1:
+                self._finish_ranking(self.picked)
+        elif key.isdecimal() and int(key) - 1 in taken:
+            self.message = f"{key} has its place already; u takes the last one back"
+        else:
+            self.message = f"the key {key!r} does nothing here"
+
+    def _place(self, position: int) -> None:
+        if self._tie_next:
+            self.picked[-1].append(position)
+        else:
+            self.picked.append([position])
+        self._tie_next = False
+        self.message = "best first: " + " > ".join(" = ".join(str(i + 1) for i in level) for level in self.picked)
+
+    def _finish_ranking(self, levels: list[list[int]]) -> None:
+        shown = self.current.shown
+        rank = {shown[position]: number for number, level in enumerate(levels) for position in level}
+        ranks = tuple(rank[i] for i in range(len(shown)))
+        self._save("ranked" if len(set(ranks)) > 1 else "tie", ranks)
+
+    def _save(self, verdict: str, ranks: tuple[int, ...]) -> None:
+        task = self.current
+        label = Label(
+            task.candidates.prompt,
+            task.candidates.responses,
+            ranks,
+            verdict,
+            labeller=self.labeller,
+            shown=task.shown,
+            repeat=task.repeat,
+            note=self.note,
+            seconds=round(self.clock() - self._shown_at, 1),
+            sources=task.candidates.sources,
+            response_ids=task.candidates.response_ids,
+        )
+        self.file.append(label)
+        self._saved += 1
+        self._done.add(task.key)
+        if verdict == "skip":
+            self._skipped.add(label.item)
+        self.message = f"saved: {'both bad' if verdict == 'bad' and len(ranks) == 2 else verdict}"
+        self._go_on()
+
+    def _undo(self) -> None:
+        """Take back the last pick of a ranking, else the last label, and show its task again."""
+        if self.picked:
+            self.picked[-1].pop()
+            self.picked = [level for level in self.picked if level]
+            self._tie_next = False
+            self.message = "took the last one back"
+            return
+        last = self.file.labels[-1] if self.file.labels else None
+        key = (last.item, last.repeat) if last else None
+        if last is None or last.labeller != self.labeller or key not in self._places:
+            self.message = "nothing to undo"
+            return
+        self.file.pop()
+        self._saved -= 1
+        self._done.discard(key)
+        self._skipped.discard(last.item)
+        self._start(self._places[key])
+        self.note = last.note
+        self.message = f"undone: {last.verdict}"

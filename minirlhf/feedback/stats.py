@@ -1,0 +1,133 @@
+"""What labels are worth, before anything trains on them.
+
+    python -m minirlhf.feedback stats                          # of <run>/labels/labels.jsonl
+    python -m minirlhf.feedback stats --labels anna.jsonl ben.jsonl
+
+Counts, position bias, agreement with oneself and between labellers, and how strong the sources of the answers are.
+Intervals hold 95 %. Of an item's labels by one labeller the first counts, and the later ones tell self-agreement.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minirlhf.feedback.agreement import Share, between_labellers, position_bias, self_agreement
+from minirlhf.feedback.labels import VERDICTS, Label, read_labels
+from minirlhf.feedback.strengths import NoStrengths, strengths
+from minirlhf.metrics import write_json
+
+
+@dataclass
+class Config:
+    run: Path = Path("runs/tiny")
+    """Folder of the run."""
+    labels: tuple[Path, ...] = ()
+    """Files of labels, by default `<run>/labels/labels.jsonl`; rankings and pairs of other origin can be among them."""
+    output: Path | None = None
+    """JSON file for the numbers, written anew each time; by default they are printed only."""
+
+
+PRESETS = {"stats": Config()}
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Print the statistics; returns them."""
+    files = config.labels or (config.run / "labels" / "labels.jsonl",)
+    labels = [label for file in files for label in read_labels(file)]
+    summary = summarise(labels)
+    if config.output is not None:
+        config.output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(config.output, summary)
+    print(table(summary))
+    return summary
+
+
+def summarise(labels: Sequence[Label]) -> dict[str, Any]:
+    """All statistics as plain values."""
+    seconds = [label.seconds for label in labels if label.seconds is not None]
+    try:
+        ratings, reason = [_rating(row) for row in strengths(labels)], ""
+    except NoStrengths as error:
+        ratings, reason = [], str(error)
+    return {
+        "labels": len(labels),
+        "prompts": len({label.prompt for label in labels}),
+        "items": len({label.item for label in labels}),
+        "repeats": sum(label.repeat for label in labels),
+        "notes": sum(bool(label.note) for label in labels),
+        "median_seconds": float(np.median(seconds)) if seconds else None,
+        "verdicts": _verdicts(labels),
+        "shown_first": {str(k): {**_plain(share), "chance": 1 / k} for k, share in position_bias(labels).items()},
+        "self_agreement": {name: _plain(share) for name, share in self_agreement(labels).items()},
+        "agreement": [
+            {"labellers": list(found.labellers), **_plain(found.share), "kappa": found.kappa}
+            for found in between_labellers(labels)
+        ],
+        "strengths": ratings,
+        "no_strengths_because": reason,
+    }
+
+
+def _verdicts(labels: Sequence[Label]) -> dict[str, dict[str, int]]:
+    counts = Counter((label.labeller, label.verdict) for label in labels)
+    names = sorted({label.labeller for label in labels})
+    return {name: {verdict: counts[name, verdict] for verdict in VERDICTS} for name in names}
+
+
+def _plain(share: Share) -> dict[str, Any]:
+    return {"share": share.mean, "interval": list(share.interval), "of": share.of}
+
+
+def _rating(row: Any) -> dict[str, Any]:
+    ends = [row.strength - row.half, row.strength + row.half]
+    rating, low, high = row.elo
+    values = {"source": row.source, "comparisons": row.comparisons, "wins": row.wins}
+    return {**values, "strength": row.strength, "interval": ends, "elo": rating, "elo_interval": [low, high]}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The statistics as text."""
+    lines = [
+        f"{summary['labels']} labels of {summary['items']} items on {summary['prompts']} prompts, "
+        f"{summary['repeats']} of them repeats, {summary['notes']} with a note"
+    ]
+    if summary["median_seconds"] is not None:
+        lines.append(f"median time for a label: {summary['median_seconds']:.1f} s")
+    lines += ["", f"{'labeller':<20}" + "".join(f"{verdict:>8}" for verdict in VERDICTS)]
+    lines += [
+        f"{name:<20}" + "".join(f"{n:>8}" for n in counts.values()) for name, counts in summary["verdicts"].items()
+    ]
+    lines.append("")
+    for k, row in summary["shown_first"].items():
+        lines.append(f"the one shown first was best of {k}: {_share(row)}; {row['chance']:.1%} without a bias")
+    for name, row in summary["self_agreement"].items():
+        lines.append(f"{name} agrees with their own earlier label: {_share(row)}")
+    for row in summary["agreement"]:
+        names = " and ".join(row["labellers"])
+        lines.append(f"{names} agree: {_share(row)}, Cohen's kappa {row['kappa']:.2f}")
+    return "\n".join([*lines, "", *_strength_table(summary)])
+
+
+def _share(row: dict[str, Any]) -> str:
+    low, high = row["interval"]
+    return f"{row['share']:.1%} ({low:.1%} to {high:.1%}) of {row['of']}"
+
+
+def _strength_table(summary: dict[str, Any]) -> list[str]:
+    if not summary["strengths"]:
+        return [f"no Bradley-Terry strengths of the sources: {summary['no_strengths_because']}"]
+    width = max(20, *(len(row["source"]) + 2 for row in summary["strengths"]))
+    head = f"{'source':<{width}}{'compared':>9}{'wins':>7}{'strength':>10}{'95 % interval':>18}{'Elo':>7}{'95 %':>15}"
+    lines = [head]
+    for row in summary["strengths"]:
+        (low, high), (elo_low, elo_high) = row["interval"], row["elo_interval"]
+        line = f"{row['source']:<{width}}{row['comparisons']:>9}{row['wins']:>7g}{row['strength']:>10.2f}"
+        line += f"{f'{low:.2f} to {high:.2f}':>18}{row['elo']:>7.0f}{f'{elo_low:.0f} to {elo_high:.0f}':>15}"
+        lines.append(line)
+    return lines
