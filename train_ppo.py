@@ -52,7 +52,7 @@ class Config:
     """Part of `prompts`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
     columns: tuple[str, ...] = ()
     """Fields with other names, as ours=theirs: prompt=query."""
-    iterations: int = 60
+    iterations: int = 50
     """Rollouts; the learning rate falls linearly to 0 over them."""
     rollout_size: int = 128
     """Prompts a rollout, one response each."""

@@ -4,7 +4,7 @@ Minimises the Bradley-Terry loss over all (better, worse) pairs of each ranking:
 
     L = - mean over pairs of log sigmoid(r(x, y_better) - r(x, y_worse))
 
-    python train_reward.py                  # after train_sft.py and `python -m minirlhf.feedback`, about 30 seconds
+    python train_reward.py                  # after train_sft.py and `python -m minirlhf.feedback`, about a minute
     python train_reward.py --preset gpt2 --comparisons pairs.jsonl
 
 A scalar head on the SFT model's trunk reads the last token. Afterwards the score is normalised to mean 0 and
@@ -60,11 +60,11 @@ class Config:
     """Answers sampled to normalise the score."""
     max_new_tokens: int = 32
     """Length limit of those answers in tokens."""
-    epochs: float = 2.0
+    epochs: float = 5.0
     """Passes over the prompts. Many overfit to the labels; watch the held-out loss."""
     contrast: float = 2.0
-    """Pairs that differ in d tokens weigh d^-contrast at first; falls to 0, equal weights, in two thirds of the run."""
-    batch_size: int = 16
+    """Pairs that differ in d tokens weigh d^-contrast at first; it falls linearly to 0, where all weigh the same."""
+    batch_size: int = 32
     """Prompts an optimizer step, each with all its responses."""
     learning_rate: float = 1e-3
     """Peak learning rate of AdamW; warms up linearly, then falls linearly to 0."""
@@ -224,7 +224,7 @@ def main(config: Config) -> Path:
                     device=device,
                     micro_batch_tokens=config.micro_batch_tokens,
                     max_grad_norm=config.max_grad_norm,
-                    contrast=config.contrast * max(0.0, 1 - 1.5 * step / total_steps),
+                    contrast=config.contrast * (1 - step / total_steps),
                 )
                 last = state.step == total_steps
                 metrics |= held_out(model, validation, device, max_tokens=config.micro_batch_tokens) if last else {}

@@ -1,6 +1,6 @@
 """Exact resume: kill every stage at random moments, resume it, and compare what comes out with an unkilled run.
 
-    python benchmarks/kill_resume.py                       # 20 kills of each stage, about five minutes on one core
+    python benchmarks/kill_resume.py                       # 20 runs of each stage, nine minutes on two busy cores
     python benchmarks/kill_resume.py --kills 3 --stages ppo
 
 Each stage runs once undisturbed. Then, again and again, it is begun in a process of its own, ended by SIGKILL, resumed
@@ -49,11 +49,11 @@ STAGES = {"sft": train_sft, "feedback": feedback, "reward": train_reward, "ppo":
 NEEDS = {"sft": (), "feedback": ("sft",), "reward": ("sft", "feedback"), "ppo": ("sft", "reward")}
 NEEDS["dpo"] = ("sft", "feedback")
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sft": {"epochs": 4.0, "n_layer": 2, "n_head": 2, "n_embd": 32, "validation_every": 10, "checkpoint_every": 1},
+    "sft": {"epochs": 2.0, "n_layer": 2, "n_head": 2, "n_embd": 32, "validation_every": 5, "checkpoint_every": 1},
     "feedback": {"max_prompts": 96, "candidates": 3, "max_new_tokens": 12, "length_bias": 0.1},
-    "reward": {"epochs": 4.0, "reference_samples": 32, "max_new_tokens": 12, "checkpoint_every": 1},
-    "ppo": {"iterations": 12, "rollout_size": 32, "max_new_tokens": 12, "kl_target": 1.0, "kl_horizon": 400.0},
-    "dpo": {"epochs": 6.0, "validation_every": 5, "checkpoint_every": 1},
+    "reward": {"epochs": 3.0, "reference_samples": 32, "max_new_tokens": 12, "checkpoint_every": 1},
+    "ppo": {"iterations": 6, "rollout_size": 32, "max_new_tokens": 12, "kl_target": 1.0, "kl_horizon": 400.0},
+    "dpo": {"epochs": 4.0, "validation_every": 5, "checkpoint_every": 1},
 }
 SETTINGS["ppo"]["checkpoint_every"] = 1
 RECORDS = 256  # of the embedded world's files

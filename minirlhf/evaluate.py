@@ -250,9 +250,8 @@ def table(summary: dict) -> str:
         rows.append(row + f"{m['length']:>8.1f}{m['eos_rate']:>6.0%}{m['reward']:>8.2f}")
     rows.append(f"{summary['prompts']} held-out prompts, one answer each; KL in nats per answer, length in tokens")
     agreement = summary["reward_model_agreement"]
-    rows.append(
-        f"the reward model orders {agreement['share']:.1%} of {agreement['pairs']} pairs of SFT answers as the judge does"
-    )
+    share, pairs = agreement["share"], agreement["pairs"]
+    rows.append(f"the reward model orders {share:.1%} of {pairs} pairs of SFT answers as the judge does")
     return "\n".join(rows)
 
 

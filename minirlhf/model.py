@@ -1,4 +1,4 @@
-"""GPT-2, and its Hugging Face folder in and out (how a folder is read and written stands in hf_folder.py).
+"""GPT-2; how its Hugging Face folder is read and written stands in hf_folder.py.
 
 Rows are right-padded, so a causal mask keeps padding out of every real position: the full forward takes no attention
 mask, and positions are 0, 1, 2, ... in every row. Log-probabilities are computed by `GPT.logprobs`, which gathers the
@@ -266,8 +266,7 @@ class GPT(nn.Module):
     def from_pretrained(cls, source: str | os.PathLike[str]) -> Self:
         """Read a Hugging Face GPT-2 folder, or a hub name such as "gpt2"; weights keep their number format.
 
-        Raises UserError where there is no such model; CheckpointError where the configuration asks for what is not
-        GPT-2, or the tensors do not fit it.
+        Raises UserError where there is no such model, CheckpointError where it is not a GPT-2 as configured.
         """
         folder = model_folder(source)
         model = cls(read_config(folder), seed=None)

@@ -33,9 +33,7 @@ def write_model_card(folder: Path, *, script: str, objective: str) -> None:
         "---",
         f"# {stage.name}: a GPT-2 trained with minirlhf",
         "",
-        f"{objective} Trained by `{script}` of minirlhf for {len(rows)} steps. "
-        f"{settings['n_layer']} layers, {settings['n_head']} heads, {settings['n_embd']} channels, "
-        f"{settings['n_positions']} tokens of context, vocabulary of {settings['vocab_size']}.",
+        f"{objective} Trained by `{script}` of minirlhf for {len(rows)} steps. {_shape(settings)}",
         "",
         *_loading(settings["architectures"][0]),
         "",
@@ -62,6 +60,11 @@ def write_model_card(folder: Path, *, script: str, objective: str) -> None:
 def _last(rows: list[dict[str, float]]) -> dict[str, float]:
     """The last value of each metric; some are not measured at every step."""
     return {name: value for row in rows for name, value in row.items()}
+
+
+def _shape(settings: dict[str, Any]) -> str:
+    sizes = f"{settings['n_layer']} layers, {settings['n_head']} heads, {settings['n_embd']} channels"
+    return f"{sizes}, {settings['n_positions']} tokens of context, vocabulary of {settings['vocab_size']}."
 
 
 def _loading(architecture: str) -> list[str]:

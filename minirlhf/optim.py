@@ -63,9 +63,13 @@ def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:
     Goes between backward and the optimizer step. Raises DivergenceError where the norm is not finite, so that no
     optimizer step is made with such gradients.
     """
-    norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = nn.utils.get_total_norm(list(gradients.values()))
     if not torch.isfinite(norm):
+        bad = next((name for name, gradient in gradients.items() if not torch.isfinite(gradient).all()), "their sum")
         raise DivergenceError(
-            f"gradient norm is {norm.item()}: stopped before the optimizer step; try a lower learning rate"
+            f"gradient norm is {norm.item()} (first in {bad}): stopped before the optimizer step; try a lower learning "
+            "rate"
         )
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm

@@ -114,9 +114,8 @@ class Stage:
             done=self.done,
         )
         checkpoint.write_atomically(self.folder / MARKER, json.dumps({"finished": False}))
-        self.root.mkdir(exist_ok=True)
         there = len(list(self.root.glob("[0-9]*")))
-        checkpoint.require_space(self.root, (KEPT - min(there, KEPT - 1)) * self.nbytes)
+        checkpoint.require_space(self.folder, (KEPT - min(there, KEPT - 1)) * self.nbytes)
         return self
 
     def _continue(self) -> Manifest | None:

@@ -28,7 +28,7 @@ class Browser:
     """One page. Use it in a `with`."""
 
     def __init__(self, path: str, url: str) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="minirlhf-browser-")
+        self.folder = tempfile.TemporaryDirectory(prefix="minirlhf-browser-", ignore_cleanup_errors=True)
         flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe"]
         flags += [f"--user-data-dir={self.folder.name}", "--window-size=1100,800", "--no-first-run"]
         theirs_in, self.out = (fcntl.fcntl(d, fcntl.F_DUPFD, 20) for d in os.pipe())
@@ -112,8 +112,13 @@ class Browser:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.kill()
-        self.process.wait()
-        os.close(self.input)
+        self.session = None
+        try:
+            self.call("Browser.close")
+            self.process.wait(timeout=5)
+        except (AssertionError, OSError, subprocess.TimeoutExpired):
+            self.process.kill()
+            self.process.wait()
         os.close(self.out)
+        os.close(self.input)
         self.folder.cleanup()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import os
@@ -25,7 +26,9 @@ from minirlhf.reward import RewardModel
 from minirlhf.runtime import UserError
 
 CHROMIUM = browser.executable()
-needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: the page is tested over HTTP only")
+needs_chromium = pytest.mark.skipif(
+    CHROMIUM is None, reason="no Chromium is installed: the page is tested over HTTP only"
+)
 
 
 class Client:
@@ -51,18 +54,22 @@ class Client:
         return json.loads(self.request("GET", f"/{self.server.token}/state")[2])
 
 
-def serve(session: Session) -> Iterator[PageServer]:
+@contextlib.contextmanager
+def serving(session: Session) -> Iterator[PageServer]:
     with PageServer(session, port=0) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[PageServer]:
-    yield from serve(labelling.session_on(tmp_path))
+    with serving(labelling.session_on(tmp_path)) as running:
+        yield running
 
 
 def test_only_this_machine_and_the_token_are_let_in(server: PageServer) -> None:
@@ -99,14 +106,15 @@ def test_a_press_is_saved_before_it_is_answered(server: PageServer, tmp_path: Pa
     before = client.state()
     assert before["done"] == 0 and before["total"] == 4 and before["version"] == 0
     task = server.session.current
-    assert before["prompt"] == task.candidates.prompt.strip() and before["answers"] == [a.strip() for a in task.answers]
+    assert before["prompt"] == task.question and before["answers"] == [a.strip() for a in task.answers]
     status, after = client.press("2", 0, note=" why\n")
     (saved,) = read_labels(tmp_path / "labels.jsonl")
     assert status == 200 and saved.verdict == "right" and saved.note == "why" and saved.shown == task.shown
     assert after["done"] == 1 and after["message"] == "saved: right" and after["prompt"] != before["prompt"]
-    assert client.state() == {**after, "rate": client.state()["rate"], "minutes_left": client.state()["minutes_left"]} or (
-        client.state()["version"] == after["version"]
-    )
+    moving = ("rate", "minutes_left")  # with the clock
+    assert {k: v for k, v in client.state().items() if k not in moving} == {
+        k: v for k, v in after.items() if k not in moving
+    }
     status, undone = client.press("u", after["version"])
     assert status == 200 and undone["prompt"] == before["prompt"] and undone["note"] == "why"
     assert (tmp_path / "labels.jsonl").read_bytes() == b""
@@ -144,7 +152,7 @@ def test_a_length_that_is_none_is_refused(server: PageServer) -> None:
 
 
 def test_rankings_are_picked_on_the_page_too(tmp_path: Path) -> None:
-    for server in serve(labelling.session_on(tmp_path, prompts=2, count=3)):
+    with serving(labelling.session_on(tmp_path, prompts=2, count=3)) as server:
         client, version = Client(server), 0
         for key in "31":
             _, state = client.press(key, version)
@@ -165,7 +173,7 @@ def test_a_label_that_cannot_be_saved_ends_the_server(tmp_path: Path, monkeypatc
                 server.serve_forever(poll_interval=0.02)
             failures.append(True)
 
-        thread = threading.Thread(target=run)
+        thread = threading.Thread(target=run, daemon=True)
         thread.start()
 
         def full(*_: object) -> None:
@@ -192,7 +200,7 @@ def test_twenty_labels_from_the_browser_train_a_reward_model(tmp_path: Path) -> 
     rows = [{"prompt": p, "responses": [" Yes.", f"{evil}{i}"]} for i, p in enumerate(tiny.PROMPTS)]
     data.write_records(tmp_path / "candidates.jsonl", rows)
     session = labelling.session_on(tmp_path)
-    for server in serve(session):
+    with serving(session) as server:
         with browser.Browser(CHROMIUM, server.url) as page:
             page.wait_for("typeof state === 'object' && state !== null")
             assert page.run("document.querySelectorAll('#answers img, #answers script').length") == 0
@@ -216,11 +224,13 @@ def test_twenty_labels_from_the_browser_train_a_reward_model(tmp_path: Path) -> 
 @needs_chromium
 def test_the_page_by_keyboard_alone_and_for_screen_readers(tmp_path: Path) -> None:
     session = labelling.session_on(tmp_path, prompts=3, count=3)
-    for server in serve(session):
+    with serving(session) as server:
         with browser.Browser(CHROMIUM, server.url) as page:
             page.wait_for("typeof state === 'object' && state !== null")
             assert page.accessible("article") == ["Answer 1", "Answer 2", "Answer 3"]
-            assert page.accessible("progressbar") == ["Tasks done"] or page.accessible("ProgressIndicator") == ["Tasks done"]
+            assert page.accessible("progressbar") == ["Tasks done"] or page.accessible("ProgressIndicator") == [
+                "Tasks done"
+            ]
             buttons = page.accessible("button")
             assert buttons[0] == "Answer 1 is next best 1" and "Undo u" in buttons and "Skip s" in buttons
             assert len(buttons) == 9 and any("Note" in name for name in page.accessible("textbox"))
@@ -237,9 +247,10 @@ def test_the_page_by_keyboard_alone_and_for_screen_readers(tmp_path: Path) -> No
             page.wait_for("state.version === 2 && !waiting")
             (found,) = session.file.labels
             assert [found.ranks[i] for i in found.shown] == [1, 0, 1] and found.note == "b2"
-            page.press("Tab")
-            page.press("Tab")
-            assert page.run("document.activeElement.innerText") == "Answer 2 is next best 2"
+            for _ in range(12):  # nine buttons, the note, and round
+                page.press("Tab")
+                if page.run("document.activeElement.innerText") == "Answer 2 is next best 2":
+                    break
             page.press("Enter")  # on a button: presses it, and nothing else
             page.wait_for("state.version === 3 && !waiting")
             assert session.picked == [[1]]

@@ -74,6 +74,18 @@ def test_a_run_that_is_all_warm_up_is_possible(schedule) -> None:
     assert math.isfinite(schedule(0, 0)) and math.isfinite(schedule(4, 4, warmup_steps=4))
 
 
+def test_a_step_is_seen_within_the_same_autocast_block() -> None:
+    """Autocast keeps bfloat16 copies of the weights, which a step makes stale."""
+    layer, x = nn.Linear(2, 2), torch.ones(1, 2)
+    optimizer = adamw(layer, learning_rate=0.5)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        layer(x).sum().backward()
+        optimizer.step()
+        within = layer(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer(x), within)
+
+
 def test_the_learning_rate_of_every_group_is_set() -> None:
     optimizer = adamw(tiny_gpt(), learning_rate=0.1)
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.1]

@@ -130,6 +130,7 @@ def test_killed_while_saving_and_resumed_ends_with_the_same_bits(
         patch.setattr(stage.Stage, "_save_last", lambda self: None)  # a killed process saves nothing
         with pytest.raises(Stop):
             run(name, folder)
+    (folder / name / "checkpoints" / ".saving-00000099").mkdir()  # of a step that will not be saved again
     run(name, folder, resume=True)
     assert result(folder / name) == whole(name)
     nothing_left_behind(folder / name)
@@ -408,7 +409,7 @@ def test_gradients_that_are_not_finite_are_named_with_stage_and_step(
         return clip(model, max_norm)
 
     monkeypatch.setattr(train_dpo, "clip_gradients", broken)
-    with pytest.raises(DivergenceError, match="^dpo, step 0: gradient"):
+    with pytest.raises(DivergenceError, match=r"^dpo, step 0: gradient norm is inf \(first in wpe.weight\)"):
         run("dpo", folder)
 
 

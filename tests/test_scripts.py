@@ -25,6 +25,7 @@ from minirlhf import data
 from minirlhf.generate import generate
 from minirlhf.metrics import read_rows
 from minirlhf.model import GPT, GPTConfig
+from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import Stream, UserError
 
@@ -449,6 +450,32 @@ def test_old_logprobs_are_computed_again_in_bfloat16_alone(dtype: str, tmp_path:
         rollouts = spy(patch, train_ppo, "collect")
         tiny.run_stage("ppo", run, dtype=dtype, iterations=1, epochs=1, minibatches=1)
     assert [call.arguments["rescore"] for call in rollouts] == [dtype == "bfloat16"]
+
+
+def test_the_settings_of_the_advantages_reach_them(tmp_path: Path) -> None:
+    run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward")
+    settings = {"gamma": 0.7, "lam": 0.6, "whiten_rewards": True}
+    with pytest.MonkeyPatch.context() as patch:
+        calls = spy(patch, train_ppo, "learn_from")
+        tiny.run_stage("ppo", run, iterations=1, **settings)
+    assert {name: calls[0].arguments[name] for name in settings} == settings
+
+
+@pytest.mark.parametrize("longest", [True, False])
+def test_the_ratio_deviation_is_the_largest_of_all_micro_batches(longest: bool, ppo: SimpleNamespace) -> None:
+    """One row's old log-probabilities are lowered by log 1.5; rows go one by one, the longest first."""
+    experience = copy.deepcopy(ppo.updates[0].arguments["experience"])
+    order = experience.lengths.argsort(descending=True, stable=True)
+    row = order[0 if longest else -1]
+    experience.old_logprobs[row] -= math.log(1.5) * experience.mask[row]
+    policy = copy.deepcopy(ppo.updates[0].before.policy)
+    value_model = copy.deepcopy(ppo.updates[0].arguments["state"].value_model)
+    state = train_ppo.State(
+        policy, value_model, adamw(policy, learning_rate=0.0), adamw(value_model, learning_rate=0.0), None
+    )
+    config = replace(tiny.ppo_config(ppo.run), micro_batch_tokens=1)
+    metrics = train_ppo.train_step(state, experience, config)
+    assert metrics["ratio_deviation"].item() == pytest.approx(0.5, abs=1e-4)
 
 
 def experience_of(rows: int) -> train_ppo.Experience:

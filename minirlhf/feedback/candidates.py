@@ -162,28 +162,40 @@ def sample_candidates(
         lacking = [i for i in range(len(prompts)) if len(drawn[i]) < count]
         if not lacking:
             break
-        source = sources[n % len(sources)]
-        samples = generate(
-            source.policy,
-            [ids[i] for i in lacking],
-            max_new_tokens=max_new_tokens,
-            eos_id=encoding.eot_token,
-            temperature=source.temperature,
-            seed=seed,
-            keys=[(Stream.FEEDBACK, i, n) for i in lacking],
-            slots=SLOTS,
-        )
-        logprobs = samples.logprobs.double().sum(dim=1).tolist()
-        for i, response_ids, logprob in zip(lacking, samples.response_ids(), logprobs, strict=True):
-            answer = {
-                "response_ids": response_ids,
-                "sources": source.name,
-                "policies": source.digest,
-                "temperatures": source.temperature,
-                "logprobs": round(logprob, 4),
-            }
-            drawn[i].setdefault(response_text(encoding, response_ids), answer)
+        keys = [(Stream.FEEDBACK, i, n) for i in lacking]
+        rows = [ids[i] for i in lacking]
+        answers = _draw(sources[n % len(sources)], encoding, rows, keys, max_new_tokens=max_new_tokens, seed=seed)
+        for i, answer in zip(lacking, answers, strict=True):
+            drawn[i].setdefault(response_text(encoding, answer["response_ids"]), answer)
     return [_record(prompt, answers, seed) for prompt, answers in zip(prompts, drawn, strict=True)]
+
+
+def _draw(
+    source: Source,
+    encoding: tiktoken.Encoding,
+    prompts: list[list[int]],
+    keys: list[tuple[int, ...]],
+    *,
+    max_new_tokens: int,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """One answer to each prompt, with what is kept of it."""
+    samples = generate(
+        source.policy,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        eos_id=encoding.eot_token,
+        temperature=source.temperature,
+        seed=seed,
+        keys=keys,
+        slots=SLOTS,
+    )
+    logprobs = samples.logprobs.double().sum(dim=1).tolist()
+    origin = {"sources": source.name, "policies": source.digest, "temperatures": source.temperature}
+    return [
+        {"response_ids": ids, **origin, "logprobs": round(logprob, 4)}
+        for ids, logprob in zip(samples.response_ids(), logprobs, strict=True)
+    ]
 
 
 def _record(prompt: str, answers: dict[str, dict[str, Any]], seed: int) -> data.Record:

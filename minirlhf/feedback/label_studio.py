@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf import data
-from minirlhf.data.fields import ASSISTANT, HUMAN, BadRow, LeftOut, as_answer, text_of
+from minirlhf.data.fields import BadRow, LeftOut, as_answer, text_of
 from minirlhf.data.formats import FORMATS
 from minirlhf.feedback import lines
 from minirlhf.feedback.candidates import read_candidates
@@ -93,18 +93,11 @@ def task_data(task: Task) -> dict[str, Any]:
     left, right = (answer.strip() for answer in task.answers)
     known = {name: value for name, value in vars(task.candidates).items() if value is not None}
     return {
-        "prompt": message_of(task.candidates.prompt),
+        "prompt": task.question,
         "answer1": left,
         "answer2": right,
         "source": {**known, "shown": task.shown},
     }
-
-
-def message_of(prompt: str) -> str:
-    """The message in a dialogue of one turn; any other prompt as it is, without white space around it."""
-    message = prompt.removeprefix(HUMAN).removesuffix(ASSISTANT)
-    one_turn = prompt == f"{HUMAN}{message}{ASSISTANT}" and HUMAN not in message and ASSISTANT not in message
-    return message.strip() if one_turn else prompt.strip()
 
 
 def import_labels(config: ImportConfig) -> Path:

@@ -44,7 +44,7 @@ def state(session: Session) -> dict[str, Any]:
     task = session.current
     return {
         "version": session.version,
-        "prompt": task.candidates.prompt.strip() if task else None,
+        "prompt": task.question if task else None,
         "answers": [answer.strip() for answer in task.answers] if task else [],
         "picked": [[i + 1 for i in level] for level in session.picked],
         "note": session.note,

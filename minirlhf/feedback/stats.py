@@ -9,6 +9,7 @@ Intervals hold 95 %. Of an item's labels by one labeller the first counts, and t
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ def summarise(labels: Sequence[Label]) -> dict[str, Any]:
         "shown_first": {str(k): {**_plain(share), "chance": 1 / k} for k, share in position_bias(labels).items()},
         "self_agreement": {name: _plain(share) for name, share in self_agreement(labels).items()},
         "agreement": [
-            {"labellers": list(found.labellers), **_plain(found.share), "kappa": found.kappa}
+            {"labellers": list(found.labellers), **_plain(found.share), "kappa": _number(found.kappa)}
             for found in between_labellers(labels)
         ],
         "strengths": ratings,
@@ -78,6 +79,10 @@ def _verdicts(labels: Sequence[Label]) -> dict[str, dict[str, int]]:
     counts = Counter((label.labeller, label.verdict) for label in labels)
     names = sorted({label.labeller for label in labels})
     return {name: {verdict: counts[name, verdict] for verdict in VERDICTS} for name in names}
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else value  # JSON has no nan
 
 
 def _plain(share: Share) -> dict[str, Any]:
@@ -110,7 +115,8 @@ def table(summary: dict[str, Any]) -> str:
         lines.append(f"{name} agrees with their own earlier label: {_share(row)}")
     for row in summary["agreement"]:
         names = " and ".join(row["labellers"])
-        lines.append(f"{names} agree: {_share(row)}, Cohen's kappa {row['kappa']:.2f}")
+        kappa = "not defined" if row["kappa"] is None else f"{row['kappa']:.2f}"
+        lines.append(f"{names} agree: {_share(row)}, Cohen's kappa {kappa}")
     return "\n".join([*lines, "", *_strength_table(summary)])
 
 

@@ -102,7 +102,7 @@ def strengths(labels: Sequence[Label]) -> list[Strength]:
     values = fit(games)
     design = _design(games)  # (G, S)
     chance = 1 / (1 + np.exp(-design @ values))
-    inverse = np.linalg.pinv(design.T @ (design * (chance * (1 - chance))[:, None]))
+    inverse = _inverse_information(design, chance)
     gradients = np.zeros((games.cluster.max() + 1, count))
     np.add.at(gradients, games.cluster, design * (games.score - chance)[:, None])
     covariance = inverse @ gradients.T @ gradients @ inverse * clusters / (clusters - 1)
@@ -124,8 +124,7 @@ def fit(games: Games) -> np.ndarray:
 
     for _ in range(1000):
         chance = 1 / (1 + np.exp(-design @ values))
-        information = design.T @ (design * (chance * (1 - chance))[:, None])
-        step = np.linalg.pinv(information) @ (design.T @ (games.score - chance))
+        step = _inverse_information(design, chance) @ (design.T @ (games.score - chance))
         while likelihood(values + step) < likelihood(values) - 1e-12:
             step = step / 2
         values = values + step
@@ -141,6 +140,16 @@ def _design(games: Games) -> np.ndarray:
     design[rows, games.first] = 1
     design[rows, games.second] = -1
     return design
+
+
+def _inverse_information(design: np.ndarray, chance: np.ndarray) -> np.ndarray:
+    """(S, S) pseudo-inverse of the Fisher information, which is 0 along equal changes of all strengths.
+
+    Trap: np.linalg.pinv takes the rounding error in that direction for information, and divides by it.
+    """
+    information = design.T @ (design * (chance * (1 - chance))[:, None])
+    equal = np.full_like(information, 1 / len(information))
+    return np.linalg.inv(information + equal) - equal
 
 
 def _connected(games: Games) -> bool:

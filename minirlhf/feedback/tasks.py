@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minirlhf.data import permutation
+from minirlhf.data.fields import ASSISTANT, HUMAN
 from minirlhf.feedback.candidates import Candidates
 from minirlhf.feedback.labels import item_id
 from minirlhf.runtime import Stream
@@ -34,6 +35,14 @@ class Task:
     def key(self) -> tuple[str, bool]:
         """Tells tasks apart: the item, and whether it is asked again."""
         return item_id(self.candidates.prompt, self.candidates.responses), self.repeat
+
+    @property
+    def question(self) -> str:
+        """The message in a dialogue of one turn; any other prompt as it is, without white space around it."""
+        prompt = self.candidates.prompt
+        message = prompt.removeprefix(HUMAN).removesuffix(ASSISTANT)
+        one_turn = prompt == f"{HUMAN}{message}{ASSISTANT}" and HUMAN not in message and ASSISTANT not in message
+        return message.strip() if one_turn else prompt.strip()
 
     @property
     def answers(self) -> list[str]:

@@ -100,7 +100,7 @@ def page(session: Session, width: int) -> list[str]:
     task, progress = session.current, session.progress
     left = "" if progress["minutes_left"] is None else f", about {progress['minutes_left']:.0f} min left"
     rate = f"   {progress['rate']:.0f} a minute{left}" if progress["rate"] else ""
-    lines = [f"{progress['done']} of {progress['total']}{rate}", "", *wrap(task.candidates.prompt.strip(), width), ""]
+    lines = [f"{progress['done']} of {progress['total']}{rate}", "", *wrap(task.question, width), ""]
     answers = [wrap(text.strip() or "(empty)", answer_width(task.answers, width)) for text in task.answers]
     titles = [f"[{i}]" for i in range(1, len(answers) + 1)]
     columns = [[title, *answer] for title, answer in zip(titles, answers, strict=True)]

@@ -17,7 +17,7 @@ from minirlhf.world.judge import judge
 
 Key = int | str | tuple["Key", ...]
 
-TEMPERATURE = 0.15  # in units of the judge's total; about 19 of 20 labels then agree with the judge
+TEMPERATURE = 0.1  # in units of the judge's total; about 97 of 100 labels then agree with the judge
 
 
 @dataclass(frozen=True)
