@@ -198,6 +198,7 @@ def main(config: Config) -> Path:
     records = data.load(file, "pairs", split=config.split, columns=config.columns)
     encoding = tokenizer.load(folder)
     policy = GPT.from_pretrained(folder).to(device)
+    tokenizer.check_fits(encoding, policy.config.vocab_size, folder)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     sides = data.split_by_prompt(records, share=config.validation_share, seed=config.seed)
     max_length = policy.config.n_positions

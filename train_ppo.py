@@ -244,11 +244,13 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     encoding = tokenizer.load(folder)
 
     policy = GPT.from_pretrained(folder).to(device)
+    tokenizer.check_fits(encoding, policy.config.vocab_size, folder)
     room = policy.config.n_positions - config.max_new_tokens
     require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
     prompts = data.encode_prompts(encoding, [r["prompt"] for r in prompt_records], max_length=room)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     reward_model = RewardModel.from_pretrained(reward_folder).to(device).eval().requires_grad_(False)
+    tokenizer.check_fits(encoding, reward_model.gpt.config.vocab_size, reward_folder)
     value_model = ValueModel.from_reward_model(reward_model)
     adam = {"eps": 1e-5}  # Ziegler et al. 2019; the default 1e-8 takes far larger first steps
     state = State(

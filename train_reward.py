@@ -197,6 +197,7 @@ def main(config: Config) -> Path:
     prompt_records = data.load(reference_prompts, "prompts") if reference_prompts else records
     encoding = tokenizer.load(folder)
     policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    tokenizer.check_fits(encoding, policy.config.vocab_size, folder)
     model = RewardModel.from_gpt(policy, generator=torch.Generator().manual_seed(config.seed))
     train_records, validation_records = data.split_by_prompt(records, share=config.validation_share, seed=config.seed)
     max_length = policy.config.n_positions

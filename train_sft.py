@@ -187,10 +187,7 @@ def main(config: Config) -> Path:
         )
     )
     max_length = model.config.n_positions
-    require(
-        model.config.vocab_size == encoding.n_vocab,
-        f"--tokenizer {config.tokenizer}: {encoding.n_vocab} tokens, but the model has {model.config.vocab_size}",
-    )
+    tokenizer.check_fits(encoding, model.config.vocab_size, f"--model {folder}")
     train = data.encode_demonstrations(encoding, train_records, max_length=max_length)
     validation = data.encode_demonstrations(encoding, validation_records, max_length=max_length)
     require(len(train) > 0 and len(validation) > 0, f"{config.train}: too little to learn from and hold out")

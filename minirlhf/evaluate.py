@@ -209,7 +209,9 @@ def main(config: Config) -> dict:
     encoding = tokenizer.load(config.run / "sft" / "model")
 
     def load(stage: str) -> GPT:
-        return GPT.from_pretrained(config.run / stage / "model").to(device).eval().requires_grad_(False)
+        model = GPT.from_pretrained(config.run / stage / "model").to(device).eval().requires_grad_(False)
+        tokenizer.check_fits(encoding, model.config.vocab_size, config.run / stage / "model")
+        return model
 
     reward_model = RewardModel.from_pretrained(config.run / "reward" / "model").to(device).eval().requires_grad_(False)
     evaluator = Evaluator(load("sft"), reward_model, encoding, prompts, config, judge_parts)

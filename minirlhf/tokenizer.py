@@ -122,12 +122,12 @@ def _read_text(path: Path) -> str:
 
 
 def check_fits(encoding: tiktoken.Encoding, vocab_size: int, where: str | Path) -> None:
-    """Raise TokenizerError unless a model of `vocab_size` tokens, read from `where`, has a row for every id.
+    """Raise TokenizerError unless a model of `vocab_size` tokens, read from `where`, has just its ids.
 
-    A larger model passes: the vocabulary may be padded to a round number. Trap: without this check a text without rare
-    tokens trains for a while before the first id outside the embedding stops it, on a GPU without saying why.
+    Trap: with too small a model a text without rare tokens trains for a while before the first id outside the embedding
+    stops it, on a GPU without saying why. A larger one, padded to a round number, can sample an id that is no token.
     """
-    if encoding.n_vocab > vocab_size:
+    if encoding.n_vocab != vocab_size:
         raise TokenizerError(
             f"{where}: the tokenizer {encoding.name!r} has {encoding.n_vocab} ids, the model a vocabulary of "
             f"{vocab_size}; give the tokenizer that the model was trained with"

@@ -78,6 +78,7 @@ def main(config: Config) -> Path:
     require(config.candidates >= 2, f"--candidates {config.candidates}: a comparison needs at least 2")
     encoding = tokenizer.load(folder)
     policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    tokenizer.check_fits(encoding, policy.config.vocab_size, folder)
     labeller = Labeller(
         temperature=config.labeller_temperature,
         noise=config.noise,

@@ -132,6 +132,8 @@ def load_sources(config: Config) -> tuple[tiktoken.Encoding, list[Source]]:
         same = _vocabulary(encoding) == _vocabulary(encodings[0])
         require(same, f"{policy}: has another tokenizer than {policies[0]}; collect from each by itself")
     models = [GPT.from_pretrained(folder).to(device).eval().requires_grad_(False) for folder in folders]
+    for folder, encoding, model in zip(folders, encodings, models, strict=True):
+        tokenizer.check_fits(encoding, model.config.vocab_size, folder)
     sources = [
         Source(f"{policy}@{temperature:g}", model, source_hash(folder), temperature)
         for temperature in config.temperatures
