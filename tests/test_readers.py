@@ -562,5 +562,5 @@ def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
     config = train_sft.Config(
         run=tmp_path / "run", train=str(tmp_path / "a"), model=str(tmp_path / "model"), tokenizer="bytes"
     )
-    with pytest.raises(UserError, match="--tokenizer bytes: 257 tokens, but the model has 11"):
+    with pytest.raises(UserError, match="'bytes' has 257 ids, the model a vocabulary of 11"):
         train_sft.main(config)

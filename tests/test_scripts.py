@@ -224,13 +224,13 @@ def test_reward_training_follows_its_schedule_and_the_order_of_its_seed(reward: 
 
 
 def test_reward_metrics_are_means_over_the_pairs_of_the_batch(reward: SimpleNamespace) -> None:
-    """In the loss weighted by d^-contrast of the d tokens that differ; contrast falls to 0 in two thirds of the run."""
+    """In the loss weighted by d^-contrast of the d tokens that differ; contrast falls linearly to 0."""
     train, _ = rankings(reward.run)
     for step, (call, row) in enumerate(zip(reward.steps, reward.rows, strict=True)):
         pairs = pairs_of(records_of(call, train))
         model = call.before.model
         chosen, rejected = ([score(model, p[0], p[side]) for p in pairs] for side in (1, 2))
-        contrast = 1.5 * max(0.0, 1 - step / (len(reward.steps) * 2 / 3))
+        contrast = 1.5 * (1 - step / len(reward.steps))
         weights = [tokens_that_differ(better, worse) ** -contrast for _, better, worse in pairs]
         close(row, comparison_metrics(chosen, rejected, weights))
 
