@@ -45,6 +45,7 @@ COMPARISONS = {
     ast.Eq: [ast.NotEq],
     ast.NotEq: [ast.Eq],
     ast.Is: [ast.IsNot],
+    ast.IsNot: [ast.Is],
     ast.In: [ast.NotIn],
 }
 OPERATORS = {
