@@ -4,7 +4,7 @@ Maximises, by clipped policy gradients with advantages from GAE,
 
     E_pi[ r(x, y) ] - beta KL(pi || pi_sft)
 
-    python train_ppo.py                     # after train_reward.py, a bit over a minute on two cores
+    python train_ppo.py                     # after train_reward.py, about a minute and a half on two cores
     python train_ppo.py --beta 0.02 --learning-rate 5e-4      # over-optimises: the score rises, the answers get worse
 
 Each iteration samples a rollout, turns scores and per-token KL into rewards, estimates advantages once, and takes a few
