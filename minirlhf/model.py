@@ -1,7 +1,8 @@
 """GPT-2; how its Hugging Face folder is read and written stands in hf_folder.py.
 
 Rows are right-padded, so a causal mask keeps padding out of every real position: the full forward takes no attention
-mask, and positions are 0, 1, 2, ... in every row. Log-probabilities are computed by `GPT.logprobs`, which gathers the
+mask, and positions are 0, 1, 2, ... in every row. Rows whose responses share a prompt (data/comparisons.py) bring their
+own positions and an explicit mask. Log-probabilities are computed by `GPT.logprobs`, which gathers the
 hidden states that a loss reads before the (wide) head; no (B, T, V) tensor exists in training.
 Left out: dropout (it must be 0 in RL and DPO, and one-epoch training does not need it), top-k and top-p, and the
 GPT-2 variants that no released checkpoint uses (other activations, cross-attention, scaled or re-ordered attention).
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Self
 
@@ -24,6 +26,8 @@ from minirlhf.hf_folder import CheckpointError, read_settings, read_tensors, wri
 from minirlhf.hub import model_folder
 from minirlhf.ops import upcast
 
+HeadFunction = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, ...]]
+RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws random numbers
 MAX_LOGITS = 2**24  # elements of one (rows, V) chunk of logits in `GPT.logprobs`: 64 MB in float32
 
 
@@ -125,12 +129,12 @@ class Attention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None, visible: Tensor | None) -> Tensor:
         qkv = rearrange(self.c_attn(x), "b t (qkv h d) -> qkv b h t d", qkv=3, h=self.n_head)
         q, (k, v) = qkv[0], qkv[1:] if cache is None else cache.update(self.layer, qkv[1:])
-        key_mask = None if cache is None else cache.key_mask
+        mask = visible if cache is None else cache.key_mask
         # is_causal would align one query with the first key: a decode step needs the explicit mask instead.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=key_mask, is_causal=key_mask is None)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
 
 
@@ -156,8 +160,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, cache: KVCache | None, visible: Tensor | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, visible)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -174,9 +178,11 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig, *, seed: int | None = 0) -> None:
         super().__init__()
         self.config = config
+        self.gradient_checkpointing = False  # True keeps each block's input alone and computes the rest again backward
         with torch.device("meta"):  # the layers' own initialisation would draw from the global generator
-            self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-            self.wpe = nn.Embedding(config.n_positions, config.n_embd)
+            # Not nn.Embedding(V, C): its own initialisation, on the meta device, imports the compiler for a second.
+            self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.n_embd), freeze=False)
+            self.wpe = nn.Embedding.from_pretrained(torch.empty(config.n_positions, config.n_embd), freeze=False)
             self.h = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
             self.ln_f = nn.LayerNorm(config.n_embd, eps=config.layer_norm_epsilon)
             if not config.tie_word_embeddings:
@@ -207,15 +213,29 @@ class GPT(nn.Module):
         """(V, C) weight of the head."""
         return self.wte.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Hidden states (B, T, C) after the final LayerNorm; with a cache, those of the tokens just given."""
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        *,
+        positions: Tensor | None = None,
+        visible: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states (B, T, C) after the final LayerNorm; with a cache, those of the tokens just given.
+
+        positions (B, T), visible (B, 1, T, T) bool  of rows whose responses share a prompt, see `data.PairBatch`; by
+        default a row is one sequence, with positions 0, 1, 2, ... and causal attention
+        """
         width = tokens.shape[1]
-        if width > self.config.n_positions:
+        if positions is None and width > self.config.n_positions:
             raise ValueError(f"GPT: rows of {width} tokens, but the model has n_positions = {self.config.n_positions}")
-        positions = torch.arange(width, device=tokens.device) if cache is None else cache.begin(width)
+        if positions is None:
+            positions = torch.arange(width, device=tokens.device) if cache is None else cache.begin(width)
         x = self.wte(tokens) + self.wpe(positions)
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block in self.h:
-            x = block(x, cache)
+            arguments = (x, cache, visible)
+            x = checkpoint(block, *arguments, **RECOMPUTED) if recompute else block(*arguments)
         if cache is not None:
             cache.end()
         return self.ln_f(x)
@@ -232,35 +252,43 @@ class GPT(nn.Module):
         Trap: this equals ops.token_logprobs(gpt(tokens) / temperature, tokens) on the mask, but runs the head on the
         masked positions alone, in chunks that are recomputed in the backward pass where there are several.
         """
-        logprobs, _ = self._score(tokens, mask, temperature)
-        return _spread(logprobs, mask)
+        hidden, targets = self._read(tokens, mask)
+        return _spread(self.head_logprobs(hidden, targets, temperature=temperature), mask)
 
     def logprobs_and_entropy(self, tokens: Tensor, mask: Tensor, *, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
         """`logprobs`, and the entropy (nats) of the distribution each token was drawn from; both (B, T-1).
 
         The entropy is a diagnostic and carries no gradient.
         """
-        logprobs, entropy = self._score(tokens, mask, temperature)
+        hidden, targets = self._read(tokens, mask)
+        logprobs, entropy = self._over_chunks(_logprobs_and_entropy, hidden, targets, temperature)
         return _spread(logprobs, mask), _spread(entropy, mask)
 
-    def _score(self, tokens: Tensor, mask: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Log-probabilities and entropies (M,) of the M masked positions."""
+    def head_logprobs(self, hidden: Tensor, targets: Tensor, *, temperature: float = 1.0) -> Tensor:
+        """(M,) log-probabilities of the tokens `targets` (M,), each predicted from its row of `hidden` (M, C)."""
+        return self._over_chunks(_logprobs, hidden, targets, temperature)[0]
+
+    def _read(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (M, C) at the M masked positions, and the tokens (M,) that follow them."""
         if mask.dtype != torch.bool or mask.shape != (tokens.shape[0], tokens.shape[1] - 1):
             raise ValueError(
                 f"GPT.logprobs: the mask is {mask.dtype} {tuple(mask.shape)}; it must be bool and one column narrower "
                 f"than tokens {tuple(tokens.shape)}"
             )
-        hidden = self.hidden(tokens[:, :-1])[mask]  # (M, C); nothing is predicted from the last token
-        targets = tokens[:, 1:][mask]
+        return self.hidden(tokens[:, :-1])[mask], tokens[:, 1:][mask]  # nothing is predicted from the last token
+
+    def _over_chunks(
+        self, function: HeadFunction, hidden: Tensor, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, ...]:
+        """`function` on chunks of rows that keep the logits small; several are recomputed in the backward pass."""
         rows = max(1, MAX_LOGITS // self.config.vocab_size)
         if len(hidden) <= rows:
-            return _score_rows(hidden, self.head_weight, targets, temperature)
+            return function(hidden, self.head_weight, targets, temperature)
         parts = [
-            checkpoint(_score_rows, h, self.head_weight, t, temperature, use_reentrant=False, preserve_rng_state=False)
+            checkpoint(function, h, self.head_weight, t, temperature, **RECOMPUTED)
             for h, t in zip(hidden.split(rows), targets.split(rows), strict=True)
         ]
-        logprobs, entropy = (torch.cat(column) for column in zip(*parts, strict=True))
-        return logprobs, entropy
+        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
     @classmethod
     def from_pretrained(cls, source: str | os.PathLike[str]) -> Self:
@@ -284,15 +312,25 @@ def log_softmax(logits: Tensor, temperature: float) -> Tensor:
 
     Sampling, scoring and training all come through here: old and new log-probabilities follow the same rules.
     """
-    return F.log_softmax(upcast(logits) / temperature, dim=-1)
+    logits = upcast(logits)
+    return F.log_softmax(logits if temperature == 1.0 else logits / temperature, dim=-1)
 
 
-def _score_rows(hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _logprobs(hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor]:
+    return (log_softmax(F.linear(hidden, head_weight), temperature).gather(-1, targets[:, None])[:, 0],)
+
+
+def _logprobs_and_entropy(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float
+) -> tuple[Tensor, Tensor]:
     logprobs = log_softmax(F.linear(hidden, head_weight), temperature)  # (M, V)
-    chosen = logprobs.gather(-1, targets[:, None])[:, 0]
-    with torch.no_grad():
-        entropy = torch.special.entr(logprobs.exp()).sum(-1)  # -p log p, and 0 at p = 0
-    return chosen, entropy
+    return logprobs.gather(-1, targets[:, None])[:, 0], entropy_of(logprobs)
+
+
+@torch.no_grad()
+def entropy_of(logprobs: Tensor) -> Tensor:
+    """- sum p log p (nats) over the last axis, from log p; a token of probability 0 adds 0."""
+    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:

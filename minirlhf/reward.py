@@ -56,7 +56,11 @@ class RewardModel(nn.Module):
         hidden = self.gpt.hidden(tokens)  # (B, T, C)
         # gather refuses an index outside the row, where hidden[..., lengths - 1] would wrap a length of 0 around.
         index = (lengths - 1)[:, None, None].expand(-1, 1, hidden.shape[2])
-        return upcast(self.score(hidden.gather(1, index)))[:, 0, 0]
+        return self.head_scores(hidden.gather(1, index)[:, 0])
+
+    def head_scores(self, hidden: Tensor) -> Tensor:
+        """(M,) scores of the hidden states (M, C) at the last token of M responses."""
+        return upcast(self.score(hidden))[:, 0]
 
     @torch.no_grad()
     def normalise(self, mean: float, std: float) -> None:

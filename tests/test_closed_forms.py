@@ -47,7 +47,9 @@ def all_responses() -> list[list[int]]:
 
 
 RESPONSES = all_responses()
-EVERYTHING = data.pad([data.Example(PROMPT, ids) for ids in RESPONSES])
+EXAMPLES = [data.Example(PROMPT, ids) for ids in RESPONSES]
+EVERYTHING = data.pad(EXAMPLES)
+COMPARED = data.pad_comparisons([data.Comparison(EXAMPLES, [])])
 REWARDS = torch.randn(len(RESPONSES), generator=torch.Generator().manual_seed(3))
 
 
@@ -118,12 +120,12 @@ def test_dpo_converges_to_the_optimum(beta: float) -> None:
     reference = copy.deepcopy(policy).requires_grad_(False)
     best = optimum(reference, beta)
     assert total_variation(probabilities(policy), best) > 0.1
-    ref = train_dpo.seq_logprobs(reference, EVERYTHING).detach()
+    ref = train_dpo.seq_logprobs(reference, COMPARED).detach()
     optimizer = adamw(policy, learning_rate=0)
     for step in range(STEPS):
         set_learning_rate(optimizer, 2e-2 * linear_schedule(step, STEPS))
         optimizer.zero_grad()
-        expected_dpo_loss(train_dpo.seq_logprobs(policy, EVERYTHING), ref, beta).backward()
+        expected_dpo_loss(train_dpo.seq_logprobs(policy, COMPARED), ref, beta).backward()
         optimizer.step()
     assert total_variation(probabilities(policy), best) < 0.05
 

@@ -57,13 +57,6 @@ def test_micro_batches_hold_every_item_once_within_the_budget(lengths: list[int]
         assert len(part) == 1 or len(part) * max(lengths[i] for i in part.tolist()) <= budget
 
 
-def test_micro_batches_count_the_rows_of_a_comparison() -> None:
-    # Two comparisons of 4 rows and 10 tokens: 80 padded positions together, 40 each.
-    lengths, rows = torch.tensor([10, 10]), torch.tensor([4, 4])
-    assert len(data.micro_batches(lengths, 80, rows)) == 1
-    assert len(data.micro_batches(lengths, 79, rows)) == 2
-
-
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (10, 5), (7, 7), (5, 8)])
 def test_every_item_is_visited_once_an_epoch_in_an_order_of_its_own(count: int, batch_size: int) -> None:
     steps = data.steps_per_epoch(count, batch_size)
@@ -195,19 +188,22 @@ def test_comparisons_become_one_batch_with_pairs_as_row_numbers() -> None:
     first = data.Comparison([Example([1], [2]), Example([1], [3])], [(1, 0)])
     second = data.Comparison([Example([4], [5]), Example([4], [6]), Example([4], [7])], [(0, 2), (1, 2)])
     padded = data.pad_comparisons([first, second])
-    assert padded.batch.tokens[:, 1].tolist() == [2, 3, 5, 6, 7]
+    assert padded.tokens.tolist() == [[1, 2, 3, 0], [4, 5, 6, 7]]
     assert padded.chosen.tolist() == [1, 2, 3] and padded.rejected.tolist() == [0, 4, 4]
 
 
 @given(st.lists(st.lists(examples, min_size=2, max_size=4), min_size=1, max_size=6), st.integers(1, 100))
 @settings(deadline=None, derandomize=True, max_examples=50)
 def test_no_micro_batch_divides_a_comparison(groups: list[list[Example]], budget: int) -> None:
+    prompts = [group[0].prompt_ids for group in groups]
+    groups = [[Example(p, e.response_ids) for e in group] for p, group in zip(prompts, groups, strict=True)]
     comparisons = [data.Comparison(group, [(0, 1)]) for group in groups]
     seen = []
     for part, padded in data.pair_micro_batches(comparisons, budget):
-        assert len(padded.batch) == sum(len(c.examples) for c in part)
+        assert len(padded.ends) == sum(len(c.examples) for c in part)
         for comparison, chosen in zip(part, padded.chosen.tolist(), strict=True):
-            assert padded.batch.response_ids()[chosen] == comparison.examples[0].response_ids
+            ids = padded.tokens.flatten()[padded.targets[padded.owners == chosen]]
+            assert ids.tolist() == comparison.examples[0].response_ids
         seen += [id(c) for c in part]
     assert sorted(seen) == sorted(id(c) for c in comparisons)
 

@@ -208,12 +208,13 @@ def test_chunks_change_neither_values_nor_gradients(max_logits: int, monkeypatch
     whole = gpt.logprobs_and_entropy(tokens, mask, temperature=0.7)
     grads = torch.autograd.grad(whole[0].square().sum(), list(gpt.parameters()))
     widest = []
-    score_rows = model_module._score_rows
+    head = model_module.log_softmax
     monkeypatch.setattr(model_module, "MAX_LOGITS", max_logits)
-    monkeypatch.setattr(model_module, "_score_rows", lambda h, *rest: widest.append(len(h)) or score_rows(h, *rest))
+    monkeypatch.setattr(model_module, "log_softmax", lambda h, *rest: widest.append(len(h)) or head(h, *rest))
     chunked = gpt.logprobs_and_entropy(tokens, mask, temperature=0.7)
     assert max(widest) * 11 <= max_logits and sum(widest) == 17
     assert_close(chunked, whole)
+    assert_close(gpt.logprobs(tokens, mask, temperature=0.7), whole[0])
     assert_close(torch.autograd.grad(chunked[0].square().sum(), list(gpt.parameters())), grads)
 
 

@@ -5,16 +5,25 @@
 
 from minirlhf.data.batch import (
     Batch,
-    Comparison,
     Example,
-    PairBatch,
     batch_indices,
     micro_batches,
+    own_micro_batches,
     pad,
+    permutation,
+    require_batch,
+    steps_per_epoch,
+    total_steps,
+)
+from minirlhf.data.comparisons import (
+    Comparison,
+    PairBatch,
+    best_against_rest,
+    best_first,
+    over_comparisons,
     pad_comparisons,
     pair_micro_batches,
-    permutation,
-    steps_per_epoch,
+    pair_numbers,
     token_count,
 )
 from minirlhf.data.encode import (
@@ -28,6 +37,7 @@ from minirlhf.data.encode import (
     encode_prompt,
     encode_prompts,
     pairs_from_ranks,
+    require_both_sides,
     split_by_prompt,
 )
 from minirlhf.data.readers import Dataset, Kind, load, read, write_records
@@ -42,6 +52,8 @@ __all__ = [
     "PairBatch",
     "Record",
     "batch_indices",
+    "best_against_rest",
+    "best_first",
     "differing_tokens",
     "encode_comparison",
     "encode_comparisons",
@@ -54,14 +66,20 @@ __all__ = [
     "load",
     "local_files",
     "micro_batches",
+    "own_micro_batches",
+    "over_comparisons",
     "pad",
     "pad_comparisons",
     "pair_micro_batches",
+    "pair_numbers",
     "pairs_from_ranks",
     "permutation",
     "read",
+    "require_batch",
+    "require_both_sides",
     "split_by_prompt",
     "steps_per_epoch",
     "token_count",
+    "total_steps",
     "write_records",
 ]

@@ -9,6 +9,7 @@ left out and why, and every bad line as file:line: reason. Exit code 2 where the
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -19,12 +20,13 @@ import tyro
 
 from minirlhf import data, tokenizer
 from minirlhf.runtime import UserError, require, run_script
+from minirlhf.settings import Count, Settings
 
 SHOWN = 600  # characters of a text that are printed
 
 
 @dataclass
-class Config:
+class Config(Settings):
     source: Annotated[str, tyro.conf.Positional] = ""
     """File, or name on the hub."""
     preset: Literal["tiny", "gpt2"] = "tiny"
@@ -37,8 +39,8 @@ class Config:
     """Fields with other names, as ours=theirs: prompt=query response=reply."""
     tokenizer: str = "world"
     """`world`, `gpt2`, `bytes` or a folder with GPT-2 tokenizer files."""
-    max_length: int = 96
-    """Context of the model in tokens."""
+    max_length: Count = 512
+    """Context of the model in tokens; 512 is what train_sft.py gives a new model for a user's file."""
 
 
 PRESETS = {"tiny": Config(), "gpt2": Config(preset="gpt2", tokenizer="gpt2", max_length=1024)}
@@ -129,9 +131,23 @@ def _show_fit(rows: list[list[data.Example]], dataset: data.Dataset, max_length:
         print(f"in {max_length} tokens: texts go on over rows, {pieces} in all")
 
 
+def run_into_a_pipe() -> None:
+    """The command; a program that reads its report, such as `head`, may stop before the end."""
+    code = 0
+    try:
+        try:
+            run_script(main, PRESETS)
+        except SystemExit as stop:
+            code = stop.code
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left at its exit
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] != ["check"]:
         print("error: write: python -m minirlhf.data check FILE, or check --help", file=sys.stderr)
         sys.exit(2)
     del sys.argv[1]
-    run_script(main, PRESETS)
+    run_into_a_pipe()

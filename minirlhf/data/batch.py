@@ -2,23 +2,22 @@
 
 A row is prompt, response, padding, contiguous from column 0. `lengths` and `prompt_lengths` are the only truth about
 it: no mask is ever computed from token ids, so GPT-2 needs no padding token and a real EOS is never mistaken for one.
-Left out: packing several sequences into a row (a row is one sequence).
+Comparisons, whose responses share a prompt, have a batch of their own (comparisons.py).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from minirlhf.runtime import Stream
-
-C = TypeVar("C", bound="Comparison")
+from minirlhf import processes
+from minirlhf.runtime import Stream, require
 
 
 @dataclass(frozen=True)
@@ -28,18 +27,6 @@ class Example:
     prompt_ids: list[int]
     response_ids: list[int]
     cut: int = field(default=0, compare=False)  # tokens that the prompt lost at its start to fit the model
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """K responses to one prompt and the (better, worse) pairs among them, as positions in `examples`.
-
-    The K responses stay together in one batch element: each is scored once, however many pairs it is in
-    (Ouyang et al. 2022, section 3.5).
-    """
-
-    examples: list[Example]
-    pairs: list[tuple[int, int]]
 
 
 @dataclass
@@ -97,26 +84,28 @@ def pad(sequences: Sequence[Example]) -> Batch:
     return Batch(torch.from_numpy(tokens), prompt_lengths, torch.tensor(lengths))
 
 
-def micro_batches(lengths: Tensor, max_tokens: int, rows_each: Tensor | None = None) -> list[Tensor]:
-    """Split items into micro-batches of at most `max_tokens` padded positions, longest first.
+def micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
+    """Split rows into micro-batches of at most `max_tokens` padded positions, longest first.
 
-    lengths    (n,) tokens of each item's longest row
-    rows_each  (n,) rows an item brings along (K for a comparison of K responses); 1 by default
-    Returns index tensors that together hold every item once. Sorting keeps neighbours alike, so little is padding.
-    An item that is larger than the budget by itself becomes a micro-batch of its own.
+    lengths  (n,) tokens of each row
+    Returns index tensors that together hold every row once. Sorting keeps neighbours alike, so little is padding.
+    A row that is larger than the budget by itself becomes a micro-batch of its own.
     """
-    rows_each = torch.ones_like(lengths) if rows_each is None else rows_each
     order = torch.argsort(lengths, descending=True, stable=True)
     parts: list[list[int]] = []
-    rows = longest = 0
-    for item in order.tolist():
-        more = int(rows_each[item])
-        if not parts or (rows + more) * longest > max_tokens:
+    longest = 0
+    for row in order.tolist():
+        if not parts or (len(parts[-1]) + 1) * longest > max_tokens:
             parts.append([])
-            rows, longest = 0, int(lengths[item])
-        parts[-1].append(item)
-        rows += more
+            longest = int(lengths[row])
+        parts[-1].append(row)
     return [torch.tensor(part) for part in parts]
+
+
+def own_micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
+    """The `micro_batches` of those rows that are this process's to compute; alone, of all."""
+    own = processes.share(lengths)
+    return [own[part] for part in micro_batches(lengths[own], max_tokens)]
 
 
 def permutation(count: int, *key: int) -> list[int]:
@@ -140,53 +129,14 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return -(-count // batch_size)
 
 
-@dataclass
-class PairBatch:
-    """Comparisons as one right-padded batch of all their responses, and the pairs as row numbers.
-
-    batch  Batch of R rows, a comparison's responses next to each other
-    pairs  (N, 2) long: row of the better, row of the worse response
-    """
-
-    batch: Batch
-    pairs: Tensor
-
-    @property
-    def chosen(self) -> Tensor:
-        """(N,) rows of the better responses."""
-        return self.pairs[:, 0]
-
-    @property
-    def rejected(self) -> Tensor:
-        """(N,) rows of the worse responses."""
-        return self.pairs[:, 1]
-
-    def to(self, device: torch.device) -> PairBatch:
-        """The same comparisons on another device."""
-        return PairBatch(self.batch.to(device), self.pairs.to(device))
+def total_steps(epochs: float, count: int, batch_size: int) -> int:
+    """Optimizer steps of `epochs` passes over `count` items; raises UserError where that is none."""
+    require_batch("--batch-size", batch_size, count)
+    steps = round(epochs * steps_per_epoch(count, batch_size))
+    require(steps > 0, f"--epochs {epochs}: not a single step of {batch_size} with {count} to learn from")
+    return steps
 
 
-def pad_comparisons(comparisons: Sequence[Comparison]) -> PairBatch:
-    """One PairBatch of all the comparisons' responses, in order."""
-    pairs, offset = [], 0
-    for comparison in comparisons:
-        pairs += [(offset + i, offset + j) for i, j in comparison.pairs]
-        offset += len(comparison.examples)
-    return PairBatch(pad([e for c in comparisons for e in c.examples]), torch.tensor(pairs))
-
-
-def pair_micro_batches(comparisons: Sequence[C], max_tokens: int) -> Iterator[tuple[list[C], PairBatch]]:
-    """The comparisons in micro-batches of at most `max_tokens` positions, each with its PairBatch.
-
-    A comparison is never divided, so every pair stays together.
-    """
-    longest = torch.tensor([max(len(e.prompt_ids) + len(e.response_ids) for e in c.examples) for c in comparisons])
-    rows = torch.tensor([len(c.examples) for c in comparisons])
-    for index in micro_batches(longest, max_tokens, rows):
-        part = [comparisons[i] for i in index.tolist()]
-        yield part, pad_comparisons(part)
-
-
-def token_count(comparisons: Sequence[Comparison]) -> int:
-    """Tokens of all responses with their prompts."""
-    return sum(len(e.prompt_ids) + len(e.response_ids) for c in comparisons for e in c.examples)
+def require_batch(flag: str, size: int, count: int) -> None:
+    """Raise UserError where a batch of `size`, given by `flag`, is larger than the data."""
+    require(size <= count, f"{flag} {size}: larger than the {count} there are to learn from; give at most {count}")

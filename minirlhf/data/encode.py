@@ -12,8 +12,9 @@ from typing import Any
 import tiktoken
 
 from minirlhf import tokenizer
-from minirlhf.data.batch import Comparison, Example, permutation
-from minirlhf.runtime import Stream
+from minirlhf.data.batch import Example, permutation
+from minirlhf.data.comparisons import Comparison
+from minirlhf.runtime import Stream, require
 
 Record = dict[str, Any]
 
@@ -90,6 +91,11 @@ def pairs_from_ranks(ranks: Sequence[int]) -> list[tuple[int, int]]:
     return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
 
 
+def tied_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """All pairs of equal ranks, each both ways."""
+    return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if i != j and ranks[i] == ranks[j]]
+
+
 def differing_tokens(first: Sequence[int], second: Sequence[int]) -> int:
     """Length of what two responses do not share: the longer one's middle, between common start and common end."""
     shortest = min(len(first), len(second))
@@ -98,12 +104,16 @@ def differing_tokens(first: Sequence[int], second: Sequence[int]) -> int:
     return max(len(first), len(second)) - start - end
 
 
-def encode_comparison(encoding: tiktoken.Encoding, record: Record, *, max_length: int) -> Comparison | None:
+def encode_comparison(
+    encoding: tiktoken.Encoding, record: Record, *, max_length: int, ties: bool = False
+) -> Comparison | None:
     """A comparison from a pair or a ranking record; None where nothing in it can be compared.
 
     `{"prompt", "chosen", "rejected"}` is a ranking of two. Responses that do not fit max_length are left out with
     their pairs, and so are pairs whose two sides hold the same ids: they say nothing about preference.
     All rows of a comparison lose the same tokens of their prompt: answers to different prompts cannot be compared.
+
+    ties  True makes two pairs of each tie, one each way, of weight 1/2. A label that was skipped is no tie.
     """
     if "responses" in record:
         responses, ranks = record["responses"], record["ranks"]
@@ -115,17 +125,23 @@ def encode_comparison(encoding: tiktoken.Encoding, record: Record, *, max_length
         for text, sampled in zip(responses, known, strict=True)
     ]
     kept = [i for i, row in enumerate(ids) if len(row) < max_length]
-    pairs = [(i, j) for i, j in pairs_from_ranks([ranks[i] for i in kept]) if list(ids[kept[i]]) != list(ids[kept[j]])]
+    ranks = [ranks[i] for i in kept]
+    decided = pairs_from_ranks(ranks)
+    tied = tied_pairs(ranks) if ties and record.get("verdict") != "skip" else []
+    pairs = [(i, j) for i, j in [*decided, *tied] if list(ids[kept[i]]) != list(ids[kept[j]])]
     if not pairs:
         return None
+    weights = [1.0 if ranks[i] != ranks[j] else 0.5 for i, j in pairs] if ties else []
     prompt_ids = encode_prompt(encoding, record["prompt"])
     room = max_length - max(len(ids[i]) for i in kept)
-    return Comparison([_join(prompt_ids, ids[i], room) for i in kept], pairs)
+    return Comparison([_join(prompt_ids, ids[i], room) for i in kept], pairs, weights=weights)
 
 
-def encode_comparisons(encoding: tiktoken.Encoding, records: Sequence[Record], *, max_length: int) -> list[Comparison]:
+def encode_comparisons(
+    encoding: tiktoken.Encoding, records: Sequence[Record], *, max_length: int, ties: bool = False
+) -> list[Comparison]:
     """Comparisons of pair or ranking records; those with nothing to compare are left out and counted."""
-    every = [encode_comparison(encoding, record, max_length=max_length) for record in records]
+    every = [encode_comparison(encoding, record, max_length=max_length, ties=ties) for record in records]
     kept = [c for c in every if c is not None]
     _say("comparisons", len(every), len(every) - len(kept), sum(c.examples[0].cut > 0 for c in kept), max_length)
     return kept
@@ -148,6 +164,13 @@ def split_by_prompt(records: Sequence[Record], *, share: float, seed: int) -> tu
     order = permutation(len(keys), seed, Stream.SPLIT)
     held_out = {keys[i] for i in order[: round(share * len(keys))]}
     return [r for r in records if key(r) not in held_out], [r for r in records if key(r) in held_out]
+
+
+def require_both_sides(source: object, train: Sequence[Comparison], validation: Sequence[Comparison]) -> None:
+    """Raise UserError unless there are comparisons to learn from and comparisons to hold out."""
+    found = f"{len(train)} comparisons to learn from and {len(validation)} to hold out"
+    wanted = "at least two prompts are needed, and a --validation-share that divides them"
+    require(len(train) > 0 and len(validation) > 0, f"{source}: {found}; {wanted}")
 
 
 def _say(what: str, total: int, dropped: int, cut: int, max_length: int) -> None:

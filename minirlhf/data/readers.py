@@ -22,7 +22,8 @@ from minirlhf.runtime import UserError, require
 
 KINDS: tuple[Kind, ...] = ("pairs", "demonstrations", "prompts")  # the richest first
 SAMPLE = 100  # rows that decide which format a source has
-TABLE = re.compile(r"\w+(,\w+)+\r?")  # names of columns, as CSV files begin
+CELL = r'(\w+|"[^"]*")'
+TABLE = re.compile(rf"{CELL}([,;]{CELL})+\r?")  # names of columns, as CSV files begin
 
 
 @dataclass

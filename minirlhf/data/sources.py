@@ -65,7 +65,6 @@ def _slice(split: re.Match[str], count: int) -> slice:
 
 def _read_hub(source: str, split: re.Match[str]) -> Content:
     """Rows of a data set on the hub. A slice that ends at a number is streamed: only what is read is downloaded."""
-    import datasets
     from huggingface_hub import constants
 
     parts = HUB_NAME.fullmatch(source)
@@ -73,6 +72,8 @@ def _read_hub(source: str, split: re.Match[str]) -> Content:
     revision, name = parts["revision"], split["name"] or "train"
     if not constants.HF_HUB_OFFLINE:
         revision = hub.commit_of(parts["name"], revision, kind="dataset", advice=advice)
+    import datasets  # takes about a second: after the hub has answered
+
     streaming = split["stop"] is not None and "%" not in split[0]
     place = name + split[0].removeprefix(split["name"])
     try:

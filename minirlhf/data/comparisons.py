@@ -1,0 +1,190 @@
+"""Comparisons, and the batch in which the responses to a prompt share it.
+
+A row is a prompt, its responses one after the other, and padding. A response reads its prompt and itself, never its
+neighbours, and has the positions it would have if it followed the prompt alone: the prompt is computed once, forward
+and backward, and every number is that of the responses in rows of their own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minirlhf import processes
+from minirlhf.data.batch import Example, own_micro_batches
+
+C = TypeVar("C", bound="Comparison")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """K responses to one prompt and the (better, worse) pairs among them, as positions in `examples`.
+
+    The K responses stay together in one batch element: each is scored once, however many pairs it is in
+    (Ouyang et al. 2022, section 3.5).
+
+    weights  of the pairs; none means 1 each. A tie is two pairs, one each way, of weight 1/2
+    """
+
+    examples: list[Example]
+    pairs: list[tuple[int, int]]
+    weights: list[float] = field(default_factory=list, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if any(e.prompt_ids != self.examples[0].prompt_ids for e in self.examples):
+            raise ValueError("Comparison: the examples have different prompts; answers to one prompt can be compared")
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt that all responses answer."""
+        return self.examples[0].prompt_ids
+
+    @property
+    def pair_weights(self) -> list[float]:
+        """The weight of each pair."""
+        return self.weights or [1.0] * len(self.pairs)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt and of all responses: the length of the row they make."""
+        return len(self.prompt_ids) + sum(len(e.response_ids) for e in self.examples)
+
+
+@dataclass
+class PairBatch:
+    """Comparisons as right-padded rows of prompt, response 1, ..., response K; all responses numbered 0 to R-1.
+
+    tokens     (B, T) long, one row a comparison
+    positions  (B, T) long, of a response as if it followed its prompt directly
+    segments   (B, T) long: 0 in the prompt, k in the row's k-th response, -1 in padding
+    targets    (M,) places in `tokens.flatten()` of all response tokens, response after response
+    sources    (M,) places of the token before each, from whose hidden state it is predicted
+    owners     (M,) number of the response each belongs to
+    ends       (R,) place of each response's last token
+    pairs      (N, 2) numbers of the better and of the worse response
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Tensor
+    targets: Tensor
+    sources: Tensor
+    owners: Tensor
+    ends: Tensor
+    pairs: Tensor
+
+    @property
+    def visible(self) -> Tensor:
+        """(B, 1, T, T) bool: which key each query reads: not a later one, of the prompt or of its own response.
+
+        Padding reads padding, so that no query is left without a key.
+        """
+        keys, queries = self.segments[:, None, None, :], self.segments[:, None, :, None]
+        width = self.tokens.shape[1]
+        causal = torch.ones(width, width, dtype=torch.bool, device=self.tokens.device).tril()
+        return causal & ((keys == 0) | (keys == queries))
+
+    @property
+    def chosen(self) -> Tensor:
+        """(N,) numbers of the better responses."""
+        return self.pairs[:, 0]
+
+    @property
+    def rejected(self) -> Tensor:
+        """(N,) numbers of the worse responses."""
+        return self.pairs[:, 1]
+
+    def to(self, device: torch.device) -> PairBatch:
+        """The same comparisons on another device."""
+        return PairBatch(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+def pad_comparisons(comparisons: Sequence[Comparison]) -> PairBatch:
+    """One PairBatch of all the comparisons, in order."""
+    width = max(c.length for c in comparisons)
+    tokens, positions = np.zeros((2, len(comparisons), width), dtype=np.int64)
+    segments = np.full_like(tokens, -1)
+    targets, sources, owners, ends = [], [], [], []
+    for row, comparison in enumerate(comparisons):
+        prompt = len(comparison.prompt_ids)
+        tokens[row, :prompt], positions[row, :prompt], segments[row, :prompt] = comparison.prompt_ids, range(prompt), 0
+        start = prompt
+        for k, example in enumerate(comparison.examples, start=1):
+            count = len(example.response_ids)
+            place = slice(start, start + count)
+            tokens[row, place], segments[row, place] = example.response_ids, k
+            positions[row, place] = range(prompt, prompt + count)
+            at = row * width + np.arange(start, start + count)
+            targets.append(at)
+            sources.append(np.concatenate([[row * width + prompt - 1], at[:-1]]))  # the first follows the prompt
+            owners.append(np.full(count, len(ends)))
+            ends.append(at[-1])
+            start += count
+    flat = [torch.from_numpy(np.concatenate(parts)) for parts in (targets, sources, owners)]
+    grid = [torch.from_numpy(array) for array in (tokens, positions, segments)]
+    return PairBatch(*grid, *flat, torch.tensor(np.array(ends)), pair_numbers(comparisons))
+
+
+def best_against_rest(comparison: C) -> C:
+    """The same comparison with the pairs of its best responses alone, those that no other one beats."""
+    weighted = list(zip(comparison.pairs, comparison.pair_weights, strict=True))
+    beaten = {worse for (_, worse), weight in weighted if weight == 1}
+    kept = [(pair, weight) for pair, weight in weighted if pair[0] not in beaten]
+    return replace(comparison, pairs=[pair for pair, _ in kept], weights=[weight for _, weight in kept])
+
+
+def best_first(comparison: Comparison) -> list[int]:
+    """The responses of a ranking, best first; of equal ones the first alone, since a strict order has no ties."""
+    beaten_by = [0] * len(comparison.examples)
+    for (_, worse), weight in zip(comparison.pairs, comparison.pair_weights, strict=True):
+        beaten_by[worse] += weight == 1
+    return sorted({count: i for i, count in reversed(list(enumerate(beaten_by)))}.values(), key=beaten_by.__getitem__)
+
+
+def pair_numbers(comparisons: Sequence[Comparison]) -> Tensor:
+    """(N, 2) long: the pairs of all comparisons, with their responses numbered through."""
+    starts = np.cumsum([0, *(len(c.examples) for c in comparisons)])
+    pairs = [(start + i, start + j) for start, c in zip(starts, comparisons, strict=False) for i, j in c.pairs]
+    return torch.tensor(np.array(pairs, dtype=np.int64).reshape(-1, 2))
+
+
+def pair_micro_batches(comparisons: Sequence[C], max_tokens: int) -> Iterator[tuple[list[C], PairBatch]]:
+    """The comparisons in micro-batches of at most `max_tokens` positions, longest first, each with its PairBatch.
+
+    A comparison is never divided, so every pair stays together. Of several processes each gets its share.
+    """
+    for index in _micro_batches(comparisons, max_tokens):
+        part = [comparisons[i] for i in index]
+        yield part, pad_comparisons(part)
+
+
+@torch.no_grad()
+def over_comparisons(
+    function: Callable[[PairBatch], Tensor], comparisons: Sequence[Comparison], max_tokens: int, device: torch.device
+) -> list[Tensor]:
+    """`function(PairBatch) -> (R,)` in micro-batches, without gradient: the K numbers of each comparison, in order.
+
+    Of several processes each computes its share, and all get everything.
+    """
+    counts = [len(c.examples) for c in comparisons]
+    numbers = torch.arange(sum(counts)).split(counts)
+    result = torch.zeros(sum(counts), dtype=torch.float64)  # on the host, where every device has float64
+    for index in _micro_batches(comparisons, max_tokens):
+        values = function(pad_comparisons([comparisons[i] for i in index]).to(device))
+        result[torch.cat([numbers[i] for i in index])] = values.cpu().double()
+    return list(processes.all_sum(result).split(counts))
+
+
+def _micro_batches(comparisons: Sequence[Comparison], max_tokens: int) -> list[list[int]]:
+    lengths = torch.tensor([c.length for c in comparisons])
+    return [index.tolist() for index in own_micro_batches(lengths, max_tokens)]
+
+
+def token_count(comparisons: Sequence[Comparison]) -> int:
+    """Tokens of all responses and prompts, a shared prompt counted once: those that are computed."""
+    return sum(c.length for c in comparisons)
