@@ -21,25 +21,36 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minirlhf import data, tokenizer
+from minirlhf import data, processes, tokenizer
 from minirlhf.bradley_terry import accuracy
 from minirlhf.dpo import dpo_loss, implicit_rewards
-from minirlhf.hub import model_folder
-from minirlhf.model import GPT
+from minirlhf.hub import model_or_earlier
+from minirlhf.model import GPT, read_config
 from minirlhf.model_card import write_model_card
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
-from minirlhf.rollout import over_micro_batches
-from minirlhf.runtime import autocast, require, resolve_device, resolve_dtype, run_script
+from minirlhf.runtime import autocast, resolve_device, resolve_dtype, run_script
+from minirlhf.settings import (
+    Count,
+    FolderName,
+    NotNegative,
+    Positive,
+    Seed,
+    Settings,
+    Share,
+    Smoothing,
+    Steps,
+    TokenBudget,
+)
 from minirlhf.stage import Stage, require_finite
 
 
 @dataclass
-class Config:
+class Config(Settings):
     preset: Literal["tiny", "gpt2"] = "tiny"
     """Set of defaults: `tiny` for a laptop CPU, `gpt2` for 124M parameters on one GPU."""
     run: Path = Path("runs/tiny")
     """Folder of the run; this stage writes `<run>/dpo`."""
-    stage: str = "dpo"
+    stage: FolderName = "dpo"
     """Name of this stage's folder in the run; another name keeps an earlier result."""
     policy: str | None = None
     """Folder or hub name of the model that policy and reference start from, by default `<run>/sft/model`."""
@@ -49,31 +60,33 @@ class Config:
     """Part of `comparisons`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
     columns: tuple[str, ...] = ()
     """Fields with other names, as ours=theirs: prompt=query chosen=better rejected=worse."""
-    validation_share: float = 0.1
+    validation_share: Share = 0.1
     """Share of the prompts that is held out."""
-    epochs: float = 3.0
+    epochs: Positive = 3.0
     """Passes over the prompts."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Prompts an optimizer step, each with all its pairs."""
-    beta: float = 1.0
+    beta: Positive = 1.0
     """How strongly the policy is held to the reference, per nat; smaller moves further."""
-    label_smoothing: float = 0.0
+    label_smoothing: Smoothing = 0.0
     """Assumed share of flipped labels (conservative DPO), from 0 to 0.5."""
-    learning_rate: float = 1e-4
+    learning_rate: NotNegative = 1e-4
     """Peak learning rate of AdamW; warms up linearly, then falls linearly to 0."""
-    warmup_steps: int = 10
+    warmup_steps: Steps = 10
     """Optimizer steps of linear warm-up."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: int = 2048
-    """Padded tokens a forward pass; changes memory and speed, not the gradient."""
-    validation_every: int = 50
+    micro_batch_tokens: TokenBudget = 2048
+    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
+    validation_every: Count = 50
     """Optimizer steps between two measurements on held-out comparisons."""
     resume: bool = False
     """Go on from the newest whole checkpoint; a finished stage is left as it is."""
-    checkpoint_every: int = 50
+    checkpoint_every: Count = 50
     """Optimizer steps between two checkpoints; the newest two and the best are kept."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split and the data order."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
@@ -97,6 +110,10 @@ PRESETS = {
 }
 
 
+# What a step measures as sums over pairs, each divided by the pairs of the whole batch.
+SUMMED = ("loss", "accuracy", "reward_chosen", "reward_rejected", "margin", "logprob_chosen", "logprob_rejected")
+
+
 @dataclass
 class State:
     """All that changes while the stage runs."""
@@ -104,6 +121,7 @@ class State:
     policy: GPT
     optimizer: torch.optim.Optimizer
     step: int = 0
+    fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
 
 
 @dataclass(frozen=True)
@@ -113,25 +131,26 @@ class ReferencedComparison(data.Comparison):
     ref_seq_logprobs: list[float]
 
 
-def seq_logprobs(model: GPT, batch: data.Batch) -> Tensor:
-    """(B,) log pi(y|x): summed over the response, never averaged, because length matters in DPO."""
-    return model.logprobs(batch.tokens, batch.mask).sum(dim=1)
+def seq_logprobs(model: GPT, batch: data.PairBatch) -> Tensor:
+    """(R,) log pi(y|x) of R responses: summed over the tokens, never averaged, because length matters in DPO."""
+    hidden = model.hidden(batch.tokens, positions=batch.positions, visible=batch.visible).flatten(0, 1)
+    logprobs = model.head_logprobs(hidden[batch.sources], batch.tokens.flatten()[batch.targets])
+    return logprobs.new_zeros(len(batch.ends)).index_add(0, batch.owners, logprobs)
 
 
 def with_reference(
     reference: GPT, comparisons: list[data.Comparison], device: torch.device, *, max_tokens: int
 ) -> list[ReferencedComparison]:
     """Compute the reference's log-probabilities, once for the whole stage, and keep them with the comparisons."""
-    batch = data.pad([e for c in comparisons for e in c.examples]).to(device)
-    ref = iter(over_micro_batches(lambda part: seq_logprobs(reference, part), batch, max_tokens).tolist())
-    return [ReferencedComparison(c.examples, c.pairs, [next(ref) for _ in c.examples]) for c in comparisons]
+    ref = data.over_comparisons(lambda batch: seq_logprobs(reference, batch), comparisons, max_tokens, device)
+    return [ReferencedComparison(c.examples, c.pairs, r.tolist()) for c, r in zip(comparisons, ref, strict=True)]
 
 
 def pair_logprobs(
     policy: GPT, comparisons: list[ReferencedComparison], pairs: data.PairBatch
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four (N,) arguments of `dpo_loss`, chosen and rejected from one forward pass."""
-    logprobs = seq_logprobs(policy, pairs.batch)
+    logprobs = seq_logprobs(policy, pairs)
     known = [value for c in comparisons for value in c.ref_seq_logprobs]
     ref = torch.tensor(known, dtype=logprobs.dtype, device=logprobs.device)
     return logprobs[pairs.chosen], logprobs[pairs.rejected], ref[pairs.chosen], ref[pairs.rejected]
@@ -153,16 +172,18 @@ def diagnostics(four: tuple[Tensor, Tensor, Tensor, Tensor], *, beta: float, den
 
 def train_step(state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device) -> dict:
     """One optimizer step; the loss is the mean over all pairs of the batch, however it is divided."""
-    count = sum(len(c.pairs) for c in comparisons)
-    sums: dict[str, Tensor] = {}
+    count = sum(len(c.pairs) for c in comparisons)  # of the whole batch, over micro-batches and processes
+    sums = dict.fromkeys(SUMMED, torch.zeros(()))
     state.optimizer.zero_grad(set_to_none=True)
     for part, pairs in data.pair_micro_batches(comparisons, config.micro_batch_tokens):
         four = pair_logprobs(state.policy, part, pairs.to(device))
         loss = dpo_loss(*four, beta=config.beta, label_smoothing=config.label_smoothing, denominator=count)
         loss.backward()
         seen = {"loss": loss.detach().cpu(), **diagnostics(four, beta=config.beta, denominator=count)}
-        sums = {name: sums.get(name, 0.0) + value for name, value in seen.items()}
+        sums = {name: sums[name] + value for name, value in seen.items()}
+    sums = processes.sum_each(sums)
     require_finite(loss=sums["loss"])
+    processes.sum_gradients(state.policy)
     grad_norm = clip_gradients(state.policy, config.max_grad_norm)
     state.optimizer.step()
     state.step += 1
@@ -173,21 +194,20 @@ def train_step(state: State, comparisons: list[ReferencedComparison], config: Co
 def held_out(policy: GPT, comparisons: list[ReferencedComparison], config: Config, device: torch.device) -> dict:
     """The training metrics on held-out comparisons, without label smoothing in the loss."""
     count = sum(len(c.pairs) for c in comparisons)
-    sums: dict[str, Tensor] = {}
+    sums = dict.fromkeys(SUMMED, torch.zeros(()))
     for part, pairs in data.pair_micro_batches(comparisons, config.micro_batch_tokens):
         four = pair_logprobs(policy, part, pairs.to(device))
         loss = dpo_loss(*four, beta=config.beta, denominator=count)
         seen = {"loss": loss.cpu(), **diagnostics(four, beta=config.beta, denominator=count)}
-        sums = {name: sums.get(name, 0.0) + value for name, value in seen.items()}
-    return {f"validation_{name}": value for name, value in sums.items()}
+        sums = {name: sums[name] + value for name, value in seen.items()}
+    return {f"validation_{name}": value for name, value in processes.sum_each(sums).items()}
 
 
 def main(config: Config) -> Path:
     """Run the stage; returns the folder of the trained policy."""
-    require(config.beta > 0, f"--beta {config.beta}: must be above 0")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    folder = model_folder(config.policy or config.run / "sft" / "model")
+    folder = model_or_earlier(config.policy, "--policy", config.run / "sft" / "model", data=config.comparisons)
     file = config.comparisons or config.run / "feedback" / "rankings.jsonl"
     output = config.run / config.stage / "model"
     stage = Stage(
@@ -196,41 +216,44 @@ def main(config: Config) -> Path:
     if stage.finished:
         return output
     records = data.load(file, "pairs", split=config.split, columns=config.columns)
+    shape = read_config(folder)
     encoding = tokenizer.load(folder)
-    policy = GPT.from_pretrained(folder).to(device)
-    tokenizer.check_fits(encoding, policy.config.vocab_size, folder)
-    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    tokenizer.check_fits(encoding, shape.vocab_size, folder)
     sides = data.split_by_prompt(records, share=config.validation_share, seed=config.seed)
-    max_length = policy.config.n_positions
-    train, validation = (data.encode_comparisons(encoding, side, max_length=max_length) for side in sides)
-    require(len(train) > 0 and len(validation) > 0, f"{file}: needs comparisons of at least two prompts")
+    train, validation = (data.encode_comparisons(encoding, side, max_length=shape.n_positions) for side in sides)
+    data.require_both_sides(file, train, validation)
+    total_steps = data.total_steps(config.epochs, len(train), config.batch_size)
+    policy = GPT.from_pretrained(folder).to(device)
+    policy.gradient_checkpointing = config.gradient_checkpointing
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
     state = State(policy, adamw(policy, learning_rate=config.learning_rate))
 
-    total_steps = round(config.epochs * data.steps_per_epoch(len(train), config.batch_size))
-    with autocast(device, dtype):
-        train, validation = (
-            with_reference(reference, side, device, max_tokens=config.micro_batch_tokens)
-            for side in (train, validation)
-        )
     with stage.begin(
         state, steps=total_steps, checkpoint_every=config.checkpoint_every, best=("validation_loss", "min")
     ):
+        referenced: list[list[ReferencedComparison]] = []
+        while not referenced:
+            with autocast(device, dtype), stage.attempt() as fitted:
+                tokens = fitted.micro_batch_tokens
+                referenced = [with_reference(reference, s, device, max_tokens=tokens) for s in (train, validation)]
+        train, validation = referenced
         while state.step < total_steps:
             step = state.step
             learning_rate = config.learning_rate * linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
             set_learning_rate(state.optimizer, learning_rate)
             rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
             batch = [train[i] for i in rows]
-            with autocast(device, dtype):
-                metrics = train_step(state, batch, config, device)
+            with autocast(device, dtype), stage.attempt() as fitted:
+                metrics = train_step(state, batch, fitted, device)
                 due = state.step % config.validation_every == 0 or state.step == total_steps
-                metrics |= held_out(policy, validation, config, device) if due else {}
-            stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=data.token_count(batch))
-        policy.save_pretrained(output)
-        tokenizer.save(encoding, output)
-        write_model_card(output, script="train_dpo.py", objective="Direct preference optimisation on comparisons.")
+                metrics |= held_out(policy, validation, fitted, device) if due else {}
+                stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=data.token_count(batch))
+        if processes.is_writer():
+            policy.save_pretrained(output)
+            tokenizer.save(encoding, output)
+            write_model_card(output, script="train_dpo.py", objective="Direct preference optimisation on comparisons.")
     return output
 
 
 if __name__ == "__main__":
-    run_script(main, PRESETS)
+    run_script(main, PRESETS, several=True)

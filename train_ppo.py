@@ -23,80 +23,90 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minirlhf import data, ops, ppo, tokenizer
-from minirlhf.hub import model_folder
-from minirlhf.model import GPT
+from minirlhf import data, ops, ppo, processes, tokenizer
+from minirlhf.ensemble import Aggregate, RewardEnsemble
+from minirlhf.hub import model_folder, model_or_earlier
+from minirlhf.model import GPT, read_config
 from minirlhf.model_card import write_model_card
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.reward import RewardModel, ValueModel
 from minirlhf.rollout import Rollout, collect
 from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
+from minirlhf.settings import Count, Finite, FolderName, Fraction, NotNegative, Positive, Seed, Settings, TokenBudget
 from minirlhf.stage import Stage, require_finite
 
 
 @dataclass
-class Config:
+class Config(Settings):
     preset: Literal["tiny", "gpt2"] = "tiny"
     """Set of defaults: `tiny` for a laptop CPU, `gpt2` for 124M parameters on one GPU."""
     run: Path = Path("runs/tiny")
     """Folder of the run; this stage writes `<run>/ppo`."""
-    stage: str = "ppo"
+    stage: FolderName = "ppo"
     """Name of this stage's folder in the run; another name keeps an earlier result."""
     policy: str | None = None
     """Folder or hub name of the model that policy and reference start from, by default `<run>/sft/model`."""
     reward_model: str | None = None
     """Folder or hub name of the reward model, from which the value model starts; by default `<run>/reward/model`."""
+    ensemble: tuple[str, ...] = ()
+    """Folders or hub names of further reward models, with the same tokenizer: the score is that of all together."""
+    aggregate: Aggregate = "mean"
+    """What makes one score of an ensemble's: their mean, the worst, or the mean less `variance_penalty` variances."""
+    variance_penalty: NotNegative = 1.0
+    """See `aggregate`."""
     prompts: str = str(project_file("world", "prompts.train.jsonl"))
     """Prompts: a file of any known format (of pairs or demonstrations, their prompts), or a hub name."""
     split: str = ""
     """Part of `prompts`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
     columns: tuple[str, ...] = ()
     """Fields with other names, as ours=theirs: prompt=query."""
-    iterations: int = 50
+    iterations: Count = 50
     """Rollouts; the learning rate falls linearly to 0 over them."""
-    rollout_size: int = 128
+    rollout_size: Count = 128
     """Prompts a rollout, one response each."""
-    epochs: int = 4
+    epochs: Count = 4
     """Passes over each rollout."""
-    minibatches: int = 4
+    minibatches: Count = 4
     """Optimizer steps an epoch."""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """Length limit of a response in tokens."""
-    temperature: float = 1.0
+    temperature: Positive = 1.0
     """Of sampling and of every log-probability: policy, reference and training."""
-    beta: float = 0.1
+    beta: NotNegative = 0.1
     """Coefficient of the KL penalty, in units of the reward a nat. Initial value where `kl_target` is set."""
-    kl_target: float | None = None
+    kl_target: Positive | None = None
     """KL to the reference in nats a response that an adaptive beta steers to; by default beta stays fixed."""
-    kl_horizon: float = 10_000
+    kl_horizon: Positive = 10_000
     """Responses over which the adaptive beta moves."""
-    gamma: float = 1.0
+    gamma: Fraction = 1.0
     """Discount; 1, because a response is short and its score is for the whole."""
-    lam: float = 0.95
+    lam: Fraction = 0.95
     """GAE's lambda."""
-    clip: float = 0.2
+    clip: Positive = 0.2
     """Clip range of the probability ratio."""
-    value_clip: float = 0.2
+    value_clip: Positive = 0.2
     """Clip range of the value around its value at the rollout, in units of the reward."""
-    missing_eos_score: float | None = -1.0
+    missing_eos_score: Finite | None = -1.0
     """Score of a response that did not finish, in place of the reward model's; `None` keeps the reward model's."""
     whiten_rewards: bool = False
     """Scale the rewards of a rollout to deviation 1, keeping their mean."""
-    stop_kl: float | None = None
+    stop_kl: Positive | None = None
     """End an iteration's epochs early once the approximate KL to the old policy exceeds this, in nats a token."""
-    learning_rate: float = 2e-4
+    learning_rate: NotNegative = 2e-4
     """Initial learning rate of the policy's AdamW."""
-    value_learning_rate: float = 5e-4
+    value_learning_rate: NotNegative = 5e-4
     """Initial learning rate of the value model's AdamW."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients of each model are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: int = 2048
-    """Padded tokens a forward pass; changes memory and speed, not the gradient."""
+    micro_batch_tokens: TokenBudget = 2048
+    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
     resume: bool = False
     """Go on from the newest whole checkpoint; a finished stage is left as it is."""
-    checkpoint_every: int = 10
+    checkpoint_every: Count = 10
     """Iterations between two checkpoints; the newest two and the best are kept."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of prompt order, sampling and minibatches."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
@@ -120,6 +130,13 @@ PRESETS = {
 }
 
 
+# What an optimizer step measures as sums over tokens, each divided by the tokens of the whole minibatch.
+SUMMED = (
+    *("policy_loss", "value_loss", "entropy", "approximate_kl", "clip_fraction", "ratio"),
+    *("value_clip_fraction", "value_error"),
+)
+
+
 @dataclass
 class Experience(Rollout):
     """A rollout with what the update learns from it, (B, T-1) each: whitened advantages, and returns."""
@@ -138,6 +155,7 @@ class State:
     value_optimizer: torch.optim.Optimizer
     kl_controller: ppo.AdaptiveKL | None
     iteration: int = 0
+    fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
 
 
 def learn_from(rollout: Rollout, *, beta: float, gamma: float, lam: float, whiten_rewards: bool) -> Experience:
@@ -154,12 +172,12 @@ def learn_from(rollout: Rollout, *, beta: float, gamma: float, lam: float, white
 
 def train_step(state: State, minibatch: Experience, config: Config) -> dict[str, Tensor]:
     """One optimizer step of policy and value model; losses are means over all tokens of the minibatch."""
-    tokens = minibatch.mask.sum()
-    sums: dict[str, Tensor] = {}
+    tokens = minibatch.mask.sum()  # over micro-batches and processes
+    sums = dict.fromkeys(SUMMED, torch.zeros(()))
     ratio_deviation = torch.zeros(())
     state.policy_optimizer.zero_grad(set_to_none=True)
     state.value_optimizer.zero_grad(set_to_none=True)
-    for index in data.micro_batches(minibatch.lengths, config.micro_batch_tokens):
+    for index in data.own_micro_batches(minibatch.lengths, config.micro_batch_tokens):
         part = minibatch.rows(index.to(tokens.device))
         mask = part.mask
         logprobs, entropy = state.policy.logprobs_and_entropy(part.tokens, mask, temperature=config.temperature)
@@ -178,13 +196,16 @@ def train_step(state: State, minibatch: Experience, config: Config) -> dict[str,
             **ppo.value_diagnostics(values, *targets, clip=config.value_clip, denominator=tokens),
         }
         ratio_deviation = torch.maximum(ratio_deviation, seen.pop("ratio_deviation").cpu())
-        sums = {name: sums.get(name, 0.0) + value.cpu() for name, value in seen.items()}
+        sums = {name: sums[name] + value.cpu() for name, value in seen.items()}
+    sums = processes.sum_each(sums)
     require_finite(policy_loss=sums["policy_loss"], value_loss=sums["value_loss"])
+    processes.sum_gradients(state.policy)
+    processes.sum_gradients(state.value_model)
     sums["policy_grad_norm"] = clip_gradients(state.policy, config.max_grad_norm)
     sums["value_grad_norm"] = clip_gradients(state.value_model, config.max_grad_norm)
     state.policy_optimizer.step()
     state.value_optimizer.step()
-    return {**sums, "ratio_deviation": ratio_deviation}
+    return {**sums, "ratio_deviation": processes.all_max(ratio_deviation.double())}
 
 
 def update(state: State, experience: Experience, config: Config) -> dict[str, Tensor | float]:
@@ -193,7 +214,7 @@ def update(state: State, experience: Experience, config: Config) -> dict[str, Te
     for epoch in range(config.epochs):
         key = (config.seed, Stream.MINIBATCH, state.iteration, epoch)
         order = torch.tensor(data.permutation(len(experience), *key))
-        for index in order.tensor_split(config.minibatches):
+        for index in order.tensor_split(min(config.minibatches, len(order))):  # an epoch's last rollout may be small
             rows.append(train_step(state, experience.rows(index.to(experience.tokens.device)), config))
             if config.stop_kl is not None and rows[-1]["approximate_kl"] > config.stop_kl:
                 return _means(rows)
@@ -206,6 +227,13 @@ def _means(rows: list[dict[str, Tensor]]) -> dict[str, Tensor | float]:
         row.pop("ratio_deviation")
     means = {name: torch.stack([row[name].cpu() for row in rows]).mean() for name in rows[0]}
     return {**means, "first_ratio_deviation": first, "optimizer_steps": len(rows)}
+
+
+def end_iteration(state: State, *, kl: float, responses: int) -> None:
+    """Steer an adaptive beta by the rollout's KL (nats a response); the next iteration has the next random streams."""
+    if state.kl_controller:
+        state.kl_controller.update(kl, responses)
+    state.iteration += 1
 
 
 def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, Tensor]:
@@ -221,37 +249,46 @@ def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, Tenso
     }
 
 
-def reward_function(model: RewardModel) -> Callable[[data.Batch], Tensor]:
+def reward_function(model: RewardModel | RewardEnsemble) -> Callable[[data.Batch], Tensor]:
     """The reward model as a function of a batch: it scores the sampled ids as they are."""
     return lambda batch: model(batch.tokens, batch.lengths)
 
 
 def main(config: Config, *, observe: Callable[[State], None] | None = None) -> Path:
     """Run the stage; returns the folder of the trained policy. `observe` looks at the state after each iteration."""
-    require(config.beta >= 0, f"--beta {config.beta}: must not be negative")
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    folder = model_folder(config.policy or config.run / "sft" / "model")
-    reward_folder = model_folder(config.reward_model or config.run / "reward" / "model")
+    folder = model_or_earlier(config.policy, "--policy", config.run / "sft" / "model")
+    reward_folder = model_or_earlier(config.reward_model, "--reward-model", config.run / "reward" / "model")
     output = config.run / config.stage / "model"
-    models = (folder, reward_folder)
+    reward_folders = (reward_folder, *map(model_folder, config.ensemble))
+    models = (folder, *reward_folders)
     stage = Stage(
         config.run / config.stage, config, inputs=data.local_files(config.prompts), models=models, resume=config.resume
     )
     if stage.finished:
         return output
     prompt_records = data.load(config.prompts, "prompts", split=config.split, columns=config.columns)
+    shapes = {source: read_config(source) for source in models}
     encoding = tokenizer.load(folder)
-
-    policy = GPT.from_pretrained(folder).to(device)
-    tokenizer.check_fits(encoding, policy.config.vocab_size, folder)
-    room = policy.config.n_positions - config.max_new_tokens
+    for source, shape in shapes.items():
+        tokenizer.check_fits(encoding, shape.vocab_size, source)
+    room = min(shape.n_positions for shape in shapes.values()) - config.max_new_tokens
     require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
     prompts = data.encode_prompts(encoding, [r["prompt"] for r in prompt_records], max_length=room)
+    data.require_batch("--rollout-size", config.rollout_size, len(prompts))
+    require(
+        config.minibatches <= config.rollout_size,
+        f"--minibatches {config.minibatches}: more than the {config.rollout_size} rows of a rollout",
+    )
+    policy = GPT.from_pretrained(folder).to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    reward_model = RewardModel.from_pretrained(reward_folder).to(device).eval().requires_grad_(False)
-    tokenizer.check_fits(encoding, reward_model.gpt.config.vocab_size, reward_folder)
-    value_model = ValueModel.from_reward_model(reward_model)
+    members = [RewardModel.from_pretrained(f).to(device).eval().requires_grad_(False) for f in reward_folders]
+    ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
+    reward_model = ensemble if config.ensemble else members[0]
+    value_model = ValueModel.from_reward_model(members[0])
+    for trained in (policy, value_model.gpt):
+        trained.gradient_checkpointing = config.gradient_checkpointing
     adam = {"eps": 1e-5}  # Ziegler et al. 2019; the default 1e-8 takes far larger first steps
     state = State(
         policy,
@@ -271,7 +308,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
             set_learning_rate(state.policy_optimizer, config.learning_rate * factor)
             set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
             chosen = data.batch_indices(len(prompts), config.rollout_size, seed=config.seed, step=iteration)
-            with autocast(device, dtype):
+            with autocast(device, dtype), stage.attempt() as fitted:
                 rollout = collect(
                     policy,
                     reference,
@@ -285,24 +322,23 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     temperature=config.temperature,
                     missing_eos_score=config.missing_eos_score,
                     rescore=dtype != torch.float32,
-                    max_tokens=config.micro_batch_tokens,
+                    max_tokens=fitted.micro_batch_tokens,
                 )
                 experience = learn_from(
                     rollout, beta=beta, gamma=config.gamma, lam=config.lam, whiten_rewards=config.whiten_rewards
                 )
-                metrics = {**rollout_metrics(rollout, experience), "beta": beta, **update(state, experience, config)}
-            metrics["objective"] = metrics["score"] - beta * metrics["kl"]  # what PPO maximises
-            if state.kl_controller:
-                state.kl_controller.update(float(metrics["kl"]), len(rollout))
-            state.iteration += 1
-            stage.finish(iteration, metrics, tokens=int(rollout.lengths.sum()))
-            if observe:
+                metrics = {**rollout_metrics(rollout, experience), "beta": beta, **update(state, experience, fitted)}
+                metrics["objective"] = metrics["score"] - beta * metrics["kl"]  # what PPO maximises
+                end_iteration(state, kl=float(metrics["kl"]), responses=len(rollout))
+                stage.finish(iteration, metrics, tokens=int(rollout.lengths.sum()))
+            if observe and state.iteration > iteration:
                 observe(state)
-        policy.save_pretrained(output)
-        tokenizer.save(encoding, output)
-        write_model_card(output, script="train_ppo.py", objective="PPO against a reward model.")
+        if processes.is_writer():
+            policy.save_pretrained(output)
+            tokenizer.save(encoding, output)
+            write_model_card(output, script="train_ppo.py", objective="PPO against a reward model.")
     return output
 
 
 if __name__ == "__main__":
-    run_script(main, PRESETS)
+    run_script(main, PRESETS, several=True)

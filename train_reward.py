@@ -4,6 +4,9 @@ Minimises the Bradley-Terry loss over all (better, worse) pairs of each ranking:
 
     L = - mean over pairs of log sigmoid(r(x, y_better) - r(x, y_worse))
 
+or what `--objective` and `--ties` choose (`minirlhf/objective.py`): Plackett-Luce on whole rankings, ties that count
+half or are modelled.
+
     python train_reward.py                  # after train_sft.py and `python -m minirlhf.feedback`, about a minute
     python train_reward.py --preset gpt2 --comparisons pairs.jsonl
 
@@ -17,28 +20,32 @@ Expect a loss from ln 2 = 0.693 down and a held-out accuracy that grows with the
 
 from __future__ import annotations
 
+import copy
+import sys
 from dataclasses import dataclass
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal
 
 import torch
 
-from minirlhf import data, tokenizer
+from minirlhf import data, processes, tokenizer
 from minirlhf.bradley_terry import accuracy, bradley_terry_loss
-from minirlhf.generate import generate
-from minirlhf.hub import model_folder
+from minirlhf.hub import model_or_earlier
 from minirlhf.metrics import write_json
-from minirlhf.model import GPT
+from minirlhf.model import GPT, read_config
 from minirlhf.model_card import write_model_card
+from minirlhf.objective import Form, Objective, Ties
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.reward import RewardModel
-from minirlhf.rollout import over_micro_batches
+from minirlhf.rollout import over_micro_batches, sample
 from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
+from minirlhf.settings import AtLeastTwo, Count, NotNegative, Positive, Seed, Settings, Share, Steps, TokenBudget
 from minirlhf.stage import Stage, require_finite
 
 
 @dataclass
-class Config:
+class Config(Settings):
     preset: Literal["tiny", "gpt2"] = "tiny"
     """Set of defaults: `tiny` for a laptop CPU, `gpt2` for 124M parameters on one GPU."""
     run: Path = Path("runs/tiny")
@@ -51,36 +58,50 @@ class Config:
     """Part of `comparisons`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
     columns: tuple[str, ...] = ()
     """Fields with other names, as ours=theirs: prompt=query chosen=better rejected=worse."""
-    validation_share: float = 0.1
+    validation_share: Share = 0.1
     """Share of the prompts that is held out."""
     reference_prompts: str | None = None
     """Prompts whose sampled answers define mean 0 and deviation 1; by default the world's, or those of
     `comparisons` where these are given."""
-    reference_samples: int = 512
-    """Answers sampled to normalise the score."""
-    max_new_tokens: int = 32
+    reference_samples: AtLeastTwo = 512
+    """Answers sampled to normalise the score; where there are fewer prompts, they are asked more than once."""
+    max_new_tokens: Count = 32
     """Length limit of those answers in tokens."""
-    epochs: float = 5.0
+    epochs: Positive = 5.0
     """Passes over the prompts. Many overfit to the labels; watch the held-out loss."""
-    contrast: float = 2.0
+    objective: Form = "pairs"
+    """What explains a ranking: all its `pairs`, those of the `best-against-rest`, or choosing the best, then the next
+    (`plackett-luce`, on strict rankings: of equal ones the first counts alone)."""
+    ties: Ties = "drop"
+    """`drop` learns nothing from ties, `half` takes one for half a win each way, `davidson` models them."""
+    davidson_nu: Positive = 1.0
+    """How common ties are, for `--ties davidson` alone: two equal answers tie with probability nu / (2 + nu)."""
+    patience: Count | None = None
+    """Stop after so many held-out losses without a lower one, and keep the weights of the lowest; by default the
+    training goes to its end."""
+    validation_every: Count | None = None
+    """Optimizer steps between two measurements of the held-out loss; by default once, at the end."""
+    contrast: NotNegative = 2.0
     """Pairs that differ in d tokens weigh d^-contrast at first; it falls linearly to 0, where all weigh the same."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Prompts an optimizer step, each with all its responses."""
-    learning_rate: float = 1e-3
+    learning_rate: NotNegative = 1e-3
     """Peak learning rate of AdamW; warms up linearly, then falls linearly to 0."""
-    warmup_steps: int = 20
+    warmup_steps: Steps = 20
     """Optimizer steps of linear warm-up."""
-    weight_decay: float = 0.01
+    weight_decay: NotNegative = 0.01
     """AdamW's decay of matrices."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: int = 2048
-    """Padded tokens a forward pass; changes memory and speed, not the gradient."""
+    micro_batch_tokens: TokenBudget = 2048
+    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
     resume: bool = False
     """Go on from the newest whole checkpoint; a finished stage is left as it is."""
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     """Optimizer steps between two checkpoints; the newest two and the best are kept."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the head, the split, the data order and the reference samples."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
@@ -105,6 +126,9 @@ PRESETS = {
 }
 
 
+PAIRS = Objective()
+
+
 @dataclass
 class State:
     """All that changes while the stage runs."""
@@ -112,13 +136,16 @@ class State:
     model: RewardModel
     optimizer: torch.optim.Optimizer
     step: int = 0
+    best: RewardModel | None = None  # where training may stop early: the weights with the lowest held-out loss,
+    best_loss: float = sys.float_info.max  # that loss; not infinite, which JSON cannot hold,
+    misses: int = 0  # and measurements since then
+    fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
 
 
-def pair_weights(comparisons: list[data.Comparison], contrast: float) -> torch.Tensor:
-    """(N,) weights of all pairs: d^-contrast for a pair whose two responses differ in d tokens; 1 where it is 0."""
-    ids = [([e.response_ids for e in c.examples], c.pairs) for c in comparisons]
-    weights = [data.differing_tokens(r[i], r[j]) ** -contrast for r, pairs in ids for i, j in pairs]
-    return torch.tensor(weights, dtype=torch.float64)
+def response_scores(model: RewardModel, batch: data.PairBatch) -> torch.Tensor:
+    """(R,) scores of R responses, each read at its last token."""
+    hidden = model.gpt.hidden(batch.tokens, positions=batch.positions, visible=batch.visible)
+    return model.head_scores(hidden.flatten(0, 1)[batch.ends])
 
 
 def train_step(
@@ -129,33 +156,33 @@ def train_step(
     micro_batch_tokens: int,
     max_grad_norm: float,
     contrast: float = 0.0,
+    objective: Objective = PAIRS,
 ) -> dict:
-    """One optimizer step; the loss is the weighted mean over all pairs of the batch, however it is divided."""
+    """One optimizer step; the loss is the mean over all pairs, or rankings, of the batch, however it is divided."""
     pairs = sum(len(c.pairs) for c in comparisons)
-    total_weight = pair_weights(comparisons, contrast).sum().item()
+    size = objective.size(comparisons, contrast)
     loss = correct = torch.zeros(())
     state.optimizer.zero_grad(set_to_none=True)
     for members, part in data.pair_micro_batches(comparisons, micro_batch_tokens):
         part = part.to(device)
-        scores = state.model(part.batch.tokens, part.batch.lengths)
-        chosen, rejected = scores[part.chosen], scores[part.rejected]
-        weights = pair_weights(members, contrast).to(scores)
-        part_loss = bradley_terry_loss(chosen, rejected, weights=weights, denominator=total_weight)
+        scores = response_scores(state.model, part)
+        part_loss = objective.loss(scores, members, part.pairs, contrast=contrast, denominator=size)
         part_loss.backward()
         loss = loss + part_loss.detach().cpu()
-        correct = correct + (accuracy(chosen, rejected) * len(chosen) / pairs).cpu()
-    require_finite(loss=loss)
+        correct = correct + (accuracy(scores[part.chosen], scores[part.rejected], denominator=pairs)).cpu()
+    metrics = processes.sum_each({"loss": loss, "accuracy": correct})
+    require_finite(loss=metrics["loss"])
+    processes.sum_gradients(state.model)
     grad_norm = clip_gradients(state.model, max_grad_norm)
     state.optimizer.step()
     state.step += 1
-    return {"loss": loss, "accuracy": correct, "grad_norm": grad_norm}
+    return {**metrics, "grad_norm": grad_norm}
 
 
 def held_out(model: RewardModel, comparisons: list[data.Comparison], device: torch.device, *, max_tokens: int) -> dict:
     """Loss, accuracy and accuracy by margin (in thirds of |score difference|) on held-out comparisons."""
-    batch = data.pad_comparisons(comparisons).to(device)
-    scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), batch.batch, max_tokens)
-    chosen, rejected = scores[batch.chosen], scores[batch.rejected]
+    scores = torch.cat(data.over_comparisons(lambda b: response_scores(model, b), comparisons, max_tokens, device))
+    chosen, rejected = scores[data.pair_numbers(comparisons)].unbind(dim=1)
     thirds = torch.argsort((chosen - rejected).abs()).tensor_split(3)
     by_margin = {
         f"accuracy_margin_{name}": accuracy(chosen[i], rejected[i])
@@ -169,12 +196,19 @@ def held_out(model: RewardModel, comparisons: list[data.Comparison], device: tor
     }
 
 
+def keep_best(state: State, loss: float) -> None:
+    """Keep the weights of the lowest held-out loss, and count the measurements since then."""
+    if loss < state.best_loss:
+        state.best.load_state_dict(state.model.state_dict())
+        state.best_loss, state.misses = loss, 0
+    else:
+        state.misses += 1
+
+
 def reference_scores(model: RewardModel, policy: GPT, prompts: list[list[int]], config: Config, eos_id: int) -> dict:
     """Mean and deviation of the score over answers that the policy samples to the prompts."""
     keys = [(Stream.REFERENCE_SAMPLES, i) for i in range(len(prompts))]
-    samples = generate(
-        policy, prompts, max_new_tokens=config.max_new_tokens, eos_id=eos_id, seed=config.seed, keys=keys
-    )
+    samples = sample(policy, prompts, keys=keys, seed=config.seed, eos_id=eos_id, max_new_tokens=config.max_new_tokens)
     scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), samples, config.micro_batch_tokens)
     require_finite(reference_scores=scores)
     return {"mean": scores.mean().item(), "std": scores.std(correction=0).item()}
@@ -184,7 +218,7 @@ def main(config: Config) -> Path:
     """Run the stage; returns the folder of the trained reward model."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    folder = model_folder(config.model or config.run / "sft" / "model")
+    folder = model_or_earlier(config.model, "--model", config.run / "sft" / "model", data=config.comparisons)
     file = config.comparisons or config.run / "feedback" / "rankings.jsonl"
     output = config.run / "reward" / "model"
     world = None if config.comparisons else project_file("world", "prompts.train.jsonl")
@@ -195,53 +229,69 @@ def main(config: Config) -> Path:
         return output
     records = data.load(file, "pairs", split=config.split, columns=config.columns)
     prompt_records = data.load(reference_prompts, "prompts") if reference_prompts else records
+    shape = read_config(folder)
     encoding = tokenizer.load(folder)
-    policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
-    tokenizer.check_fits(encoding, policy.config.vocab_size, folder)
-    model = RewardModel.from_gpt(policy, generator=torch.Generator().manual_seed(config.seed))
+    tokenizer.check_fits(encoding, shape.vocab_size, folder)
     train_records, validation_records = data.split_by_prompt(records, share=config.validation_share, seed=config.seed)
-    max_length = policy.config.n_positions
-    train = data.encode_comparisons(encoding, train_records, max_length=max_length)
+    max_length, room = shape.n_positions, shape.n_positions - config.max_new_tokens
+    objective = Objective(config.objective, config.ties, config.davidson_nu)
+    objective.check(config.contrast)
+    require(not config.patience or config.validation_every, "--patience: say with --validation-every how often")
+    train = data.encode_comparisons(encoding, train_records, max_length=max_length, ties=config.ties != "drop")
+    train = objective.prepare(train)
     validation = data.encode_comparisons(encoding, validation_records, max_length=max_length)
-    texts = list(dict.fromkeys(record["prompt"] for record in prompt_records))[: config.reference_samples]
-    prompts = data.encode_prompts(encoding, texts, max_length=max_length - config.max_new_tokens)
-    require(len(train) > 0 and len(validation) > 0, f"{file}: needs comparisons of at least two prompts")
+    distinct = dict.fromkeys(record["prompt"] for record in prompt_records)
+    texts = list(islice(cycle(distinct), config.reference_samples))  # few prompts, or none at all, are asked again
+    require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
+    require(len(texts) > 1, f"--reference-samples {len(texts)}: at least 2 are needed for the score to vary")
+    prompts = data.encode_prompts(encoding, texts, max_length=room)
+    data.require_both_sides(file, train, validation)
+    total_steps = data.total_steps(config.epochs, len(train), config.batch_size)
+    policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    model = RewardModel.from_gpt(policy, generator=torch.Generator().manual_seed(config.seed))
+    model.gpt.gradient_checkpointing = config.gradient_checkpointing
     state = State(model, adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay))
+    state.best = copy.deepcopy(model).requires_grad_(False) if config.patience else None
 
-    total_steps = round(config.epochs * data.steps_per_epoch(len(train), config.batch_size))
     with stage.begin(
         state, steps=total_steps, checkpoint_every=config.checkpoint_every, best=("validation_loss", "min")
     ):
-        while state.step < total_steps:
+        while state.step < total_steps and state.misses < (config.patience or 1):
             step = state.step
             learning_rate = config.learning_rate * linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
             set_learning_rate(state.optimizer, learning_rate)
             rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
             batch = [train[i] for i in rows]
-            with autocast(device, dtype):
+            with autocast(device, dtype), stage.attempt() as fitted:
                 metrics = train_step(
                     state,
                     batch,
                     device=device,
-                    micro_batch_tokens=config.micro_batch_tokens,
+                    micro_batch_tokens=fitted.micro_batch_tokens,
                     max_grad_norm=config.max_grad_norm,
                     contrast=config.contrast * (1 - step / total_steps),
+                    objective=objective,
                 )
-                last = state.step == total_steps
-                metrics |= held_out(model, validation, device, max_tokens=config.micro_batch_tokens) if last else {}
-            stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=data.token_count(batch))
+                due = state.step % (config.validation_every or total_steps) == 0 or state.step == total_steps
+                metrics |= held_out(model, validation, device, max_tokens=fitted.micro_batch_tokens) if due else {}
+                if state.best is not None and due:
+                    keep_best(state, metrics["validation_loss"].item())
+                stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=data.token_count(batch))
+        if state.best is not None:
+            model.load_state_dict(state.best.state_dict())
 
         with autocast(device, dtype):
-            before = reference_scores(model, policy, prompts, config, encoding.eot_token)
+            before = reference_scores(model, policy, prompts, stage.fitted, encoding.eot_token)
             model.normalise(before["mean"], before["std"])
         with autocast(device, dtype):  # another block, because autocast keeps copies of the weights as they were
-            after = reference_scores(model, policy, prompts, config, encoding.eot_token)
-        write_json(config.run / "reward" / "normalisation.json", {"before": before, "after": after})
-        model.save_pretrained(output)
-        tokenizer.save(encoding, output)
-        write_model_card(output, script="train_reward.py", objective="A reward model trained on comparisons.")
+            after = reference_scores(model, policy, prompts, stage.fitted, encoding.eot_token)
+        if processes.is_writer():
+            write_json(config.run / "reward" / "normalisation.json", {"before": before, "after": after})
+            model.save_pretrained(output)
+            tokenizer.save(encoding, output)
+            write_model_card(output, script="train_reward.py", objective="A reward model trained on comparisons.")
     return output
 
 
 if __name__ == "__main__":
-    run_script(main, PRESETS)
+    run_script(main, PRESETS, several=True)

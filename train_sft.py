@@ -6,6 +6,7 @@ Minimises the mean negative log-likelihood of the response tokens, the closing E
 
     python train_sft.py                     # embedded world, small CPU model, about 45 seconds on two cores
     python train_sft.py --preset gpt2 --train demonstrations.jsonl
+    torchrun --nproc-per-node 2 train_sft.py
 
 Expect the held-out loss to fall from ln V to well below 1 in the embedded world. The writers there are of mixed
 quality and the model imitates the mixture, so there is much left to gain for the stages that follow.
@@ -17,21 +18,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import tiktoken
 import torch
 
-from minirlhf import data, tokenizer
+from minirlhf import data, processes, tokenizer
 from minirlhf.hub import model_folder
-from minirlhf.model import GPT, GPTConfig
+from minirlhf.model import GPT, GPTConfig, read_config
 from minirlhf.model_card import write_model_card
 from minirlhf.ops import masked_mean
 from minirlhf.optim import adamw, clip_gradients, cosine_schedule, set_learning_rate
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import autocast, project_file, require, resolve_device, resolve_dtype, run_script
+from minirlhf.settings import Count, NotNegative, Positive, Seed, Settings, Share, Steps, TokenBudget
 from minirlhf.stage import Stage, require_finite
 
 
 @dataclass
-class Config:
+class Config(Settings):
     preset: Literal["tiny", "gpt2"] = "tiny"
     """Set of defaults: `tiny` for a laptop CPU, `gpt2` for 124M parameters on one GPU."""
     run: Path = Path("runs/tiny")
@@ -40,7 +43,7 @@ class Config:
     """Demonstrations to learn from: a file of any known format, or a hub name."""
     validation: str | None = None
     """Held-out demonstrations; by default the world's for the world's, else `validation_share` of the prompts."""
-    validation_share: float = 0.1
+    validation_share: Share = 0.1
     """Share of the training prompts that is held out where `validation` is not given."""
     split: str = ""
     """Part of `train`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
@@ -52,35 +55,38 @@ class Config:
     """`gpt2`, `gpt2-medium`, …, a folder or a hub name to start from; by default a new model of the sizes below."""
     tokenizer: str | None = None
     """`world`, `gpt2`, `bytes` or a folder with GPT-2 tokenizer files; by default the model's own, else `world`."""
-    n_layer: int = 3
+    n_layer: Count = 3
     """Transformer blocks of a new model."""
-    n_head: int = 4
+    n_head: Count = 4
     """Attention heads of a new model."""
-    n_embd: int = 128
+    n_embd: Count = 128
     """Channels of a new model."""
-    n_positions: int = 96
-    """Context of a new model in tokens; longer rows lose the start of their prompt."""
-    epochs: float = 4.0
+    n_positions: Count | None = None
+    """Context of a new model in tokens; longer rows lose the start of their prompt. By default 96 where `train` is the
+    world's, else 512."""
+    epochs: Positive = 4.0
     """Passes over the training records."""
-    batch_size: int = 32
+    batch_size: Count = 32
     """Records an optimizer step."""
-    learning_rate: float = 3e-3
+    learning_rate: NotNegative = 3e-3
     """Peak learning rate of AdamW; warms up linearly, then follows a cosine down to a tenth."""
-    warmup_steps: int = 20
+    warmup_steps: Steps = 20
     """Optimizer steps of linear warm-up."""
-    weight_decay: float = 0.1
+    weight_decay: NotNegative = 0.1
     """AdamW's decay of matrices; biases and LayerNorms are not decayed."""
-    max_grad_norm: float = 1.0
+    max_grad_norm: Positive = 1.0
     """Gradients are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: int = 1024
-    """Padded tokens a forward pass; changes memory and speed, not the gradient."""
-    validation_every: int = 100
+    micro_batch_tokens: TokenBudget = 1024
+    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
+    validation_every: Count = 100
     """Optimizer steps between two measurements of the held-out loss."""
     resume: bool = False
     """Go on from the newest whole checkpoint; a finished stage is left as it is."""
-    checkpoint_every: int = 100
+    checkpoint_every: Count = 100
     """Optimizer steps between two checkpoints; the newest two and the best are kept."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights and data order."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
@@ -114,24 +120,27 @@ class State:
     model: GPT
     optimizer: torch.optim.Optimizer
     step: int = 0
+    fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
 
 
 def train_step(state: State, batch: data.Batch, *, micro_batch_tokens: int, max_grad_norm: float) -> dict:
     """One optimizer step on a batch; the loss is the mean over all its response tokens, however it is divided."""
-    tokens = batch.mask.sum()
+    tokens = batch.mask.sum()  # of the whole batch: what micro-batches and processes add up is its gradient
     loss = torch.zeros(())
     state.optimizer.zero_grad(set_to_none=True)
-    for index in data.micro_batches(batch.lengths, micro_batch_tokens):
+    for index in data.own_micro_batches(batch.lengths, micro_batch_tokens):
         part = batch.rows(index)
         logprobs = state.model.logprobs(part.tokens, part.mask)
         part_loss = -masked_mean(logprobs, part.mask, denominator=tokens)
         part_loss.backward()
         loss = loss + part_loss.detach().cpu()
-    require_finite(loss=loss)
+    metrics = processes.sum_each({"loss": loss})
+    require_finite(**metrics)
+    processes.sum_gradients(state.model)
     grad_norm = clip_gradients(state.model, max_grad_norm)
     state.optimizer.step()
     state.step += 1
-    return {"loss": loss, "grad_norm": grad_norm}
+    return {**metrics, "grad_norm": grad_norm}
 
 
 def held_out(model: GPT, examples: list[data.Example], device: torch.device, *, max_tokens: int) -> dict:
@@ -141,10 +150,15 @@ def held_out(model: GPT, examples: list[data.Example], device: torch.device, *, 
     return {"validation_loss": -masked_mean(logprobs, batch.mask)}
 
 
+def of_the_world(config: Config) -> bool:
+    """Whether the demonstrations are the embedded world's own."""
+    return str(config.train) == Config.train
+
+
 def held_out_source(config: Config) -> str | None:
     """The source of held-out demonstrations; None where they are a share of the training prompts."""
-    world = str(config.train) == Config.train
-    return config.validation or (str(project_file("world", "demonstrations.validation.jsonl")) if world else None)
+    world = str(project_file("world", "demonstrations.validation.jsonl"))
+    return config.validation or (world if of_the_world(config) else None)
 
 
 def read_records(config: Config) -> tuple[list[data.Record], list[data.Record]]:
@@ -159,6 +173,20 @@ def read_records(config: Config) -> tuple[list[data.Record], list[data.Record]]:
     return train, data.load(source, "demonstrations", split=config.validation_split, columns=config.columns)
 
 
+def new_shape(config: Config, encoding: tiktoken.Encoding) -> GPTConfig:
+    """The shape of a new model. The world's rows are short; those of other files need more room."""
+    even = config.n_embd % config.n_head == 0
+    require(even, f"--n-embd {config.n_embd}: must be a multiple of --n-head {config.n_head}")
+    return GPTConfig(
+        vocab_size=encoding.n_vocab,
+        n_positions=config.n_positions or (96 if of_the_world(config) else 512),
+        n_layer=config.n_layer,
+        n_head=config.n_head,
+        n_embd=config.n_embd,
+        eos_token_id=encoding.eot_token,
+    )
+
+
 def main(config: Config) -> Path:
     """Run the stage; returns the folder of the trained model."""
     output = config.run / "sft" / "model"
@@ -171,30 +199,16 @@ def main(config: Config) -> Path:
     dtype = resolve_dtype(config.dtype, device)
     encoding = tokenizer.load(config.tokenizer or folder or "world")
     train_records, validation_records = read_records(config)
-    model = (
-        GPT.from_pretrained(folder)
-        if folder
-        else GPT(
-            GPTConfig(
-                vocab_size=encoding.n_vocab,
-                n_positions=config.n_positions,
-                n_layer=config.n_layer,
-                n_head=config.n_head,
-                n_embd=config.n_embd,
-                eos_token_id=encoding.eot_token,
-            ),
-            seed=config.seed,
-        )
-    )
-    max_length = model.config.n_positions
-    tokenizer.check_fits(encoding, model.config.vocab_size, f"--model {folder}")
-    train = data.encode_demonstrations(encoding, train_records, max_length=max_length)
-    validation = data.encode_demonstrations(encoding, validation_records, max_length=max_length)
+    shape = read_config(folder) if folder else new_shape(config, encoding)
+    tokenizer.check_fits(encoding, shape.vocab_size, f"--model {folder}")
+    train = data.encode_demonstrations(encoding, train_records, max_length=shape.n_positions)
+    validation = data.encode_demonstrations(encoding, validation_records, max_length=shape.n_positions)
     require(len(train) > 0 and len(validation) > 0, f"{config.train}: too little to learn from and hold out")
-    model.to(device)
+    total_steps = data.total_steps(config.epochs, len(train), config.batch_size)
+    model = (GPT.from_pretrained(folder) if folder else GPT(shape, seed=config.seed)).to(device)
+    model.gradient_checkpointing = config.gradient_checkpointing
     state = State(model, adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay))
 
-    total_steps = round(config.epochs * data.steps_per_epoch(len(train), config.batch_size))
     with stage.begin(
         state, steps=total_steps, checkpoint_every=config.checkpoint_every, best=("validation_loss", "min")
     ):
@@ -205,17 +219,18 @@ def main(config: Config) -> Path:
             rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
             batch = data.pad([train[i] for i in rows]).to(device)
             due = (step + 1) % config.validation_every == 0 or step + 1 == total_steps
-            with autocast(device, dtype):
+            with autocast(device, dtype), stage.attempt() as fitted:
                 metrics = train_step(
-                    state, batch, micro_batch_tokens=config.micro_batch_tokens, max_grad_norm=config.max_grad_norm
+                    state, batch, micro_batch_tokens=fitted.micro_batch_tokens, max_grad_norm=config.max_grad_norm
                 )
-                metrics |= held_out(model, validation, device, max_tokens=config.micro_batch_tokens) if due else {}
-            stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=int(batch.lengths.sum()))
-        model.save_pretrained(output)
-        tokenizer.save(encoding, output)
-        write_model_card(output, script="train_sft.py", objective="Supervised fine-tuning on demonstrations.")
+                metrics |= held_out(model, validation, device, max_tokens=fitted.micro_batch_tokens) if due else {}
+                stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=int(batch.lengths.sum()))
+        if processes.is_writer():
+            model.save_pretrained(output)
+            tokenizer.save(encoding, output)
+            write_model_card(output, script="train_sft.py", objective="Supervised fine-tuning on demonstrations.")
     return output
 
 
 if __name__ == "__main__":
-    run_script(main, PRESETS)
+    run_script(main, PRESETS, several=True)

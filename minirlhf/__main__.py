@@ -20,22 +20,23 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import evaluate
+from minirlhf import checkpoint, evaluate
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.metrics import fresh_folder, write_json
 from minirlhf.report import plot_curves
 from minirlhf.runtime import run_script
+from minirlhf.settings import Seed, Settings
 
 
 @dataclass
-class Config:
+class Config(Settings):
     preset: Literal["tiny", "smoke"] = "tiny"
     """`tiny` is the demo; `smoke` goes through every stage in seconds and learns little."""
     run: Path = Path("runs/tiny")
     """Folder of the run."""
     resume: bool = False
     """Go on with the run in that folder, at the newest whole checkpoint of the stage that was interrupted."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of every stage."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
@@ -65,6 +66,13 @@ STAGES: dict[str, tuple[Callable[[Any], object], type]] = {
 
 def main(config: Config) -> dict[str, float]:
     """Run every stage in turn; returns the seconds each took."""
+    with checkpoint.only_writer(config.run):
+        checkpoint.require_unlocked(config.run)  # by a stage that was started by itself
+        return run_stages(config)
+
+
+def run_stages(config: Config) -> dict[str, float]:
+    """`main`, where no other process writes the run."""
     times = config.run / "seconds.json"
     if not config.resume:
         fresh_folder(config.run)

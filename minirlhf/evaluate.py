@@ -31,28 +31,29 @@ from minirlhf.ops import kl_k1
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import Stream, project_file, resolve_device, run_script
+from minirlhf.settings import Count, Seed, Settings
 from minirlhf.world import judge
 
 PARTS = ("total", "helpful", "honest", "harmless")
 
 
 @dataclass
-class Config:
+class Config(Settings):
     preset: Literal["tiny"] = "tiny"
     """Set of defaults; the judge knows the embedded world alone."""
     run: Path = Path("runs/tiny")
     """Folder of the run; reads its models, writes `<run>/summary.json` and `<run>/answers.jsonl`."""
     prompts: Path = project_file("world", "prompts.test.jsonl")
     """JSONL file of held-out prompts."""
-    max_prompts: int = 500
+    max_prompts: Count = 500
     """Use at most this many prompts, from the start of the file."""
-    best_of: tuple[int, ...] = (4, 16)
+    best_of: tuple[Count, ...] = (4, 16)
     """Sizes n of best-of-n from the SFT model by the reward model's score."""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """Length limit of an answer in tokens."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: Count = 8192
     """Padded tokens a forward pass."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the answers and the bootstrap."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""

@@ -1,10 +1,12 @@
 """The Hugging Face folder of a GPT-2, in and out: config.json and model.safetensors.
 
 Weights are read and written as safetensors alone, one tensor at a time: loading never holds a second copy of them.
+Weights in several files, with model.safetensors.index.json, are read too; they are written as one file.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -17,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from minirlhf.hub import INDEX, WEIGHTS, weight_files
 from minirlhf.runtime import UserError
 
 SHAPE = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
@@ -118,23 +121,53 @@ def write_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 @torch.no_grad()
 def read_tensors(model: nn.Module, folder: str | os.PathLike[str], *, tied_head: bool = False) -> None:
-    """Give every parameter of a model on the meta device its tensor from model.safetensors, one at a time.
+    """Give every parameter of a model on the meta device its tensor from the weights' files, one at a time.
 
     tied_head  whether the head is the token embedding, which older files store a second time: read only if equal
     Names with and without the prefix "transformer." are read. Raises one CheckpointError that names every missing,
     unexpected and misshapen tensor; nothing is skipped and nothing is left as it was initialised.
     """
-    path = Path(folder) / "model.safetensors"
-    if not path.is_file():
+    paths = weight_files(Path(folder))
+    path = paths[0] if len(paths) == 1 else Path(folder) / (INDEX if paths else WEIGHTS)
+    missing = [part.name for part in paths if not part.is_file()]
+    if not paths:
         raise CheckpointError(f"{path}: no such file; pickled weights are not read, save the model as safetensors")
-    try:
-        with safe_open(path, framework="pt") as file:
-            _assign(model, file, path, tied_head=tied_head)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: not a safetensors file ({error}); save the model again") from error
+    if missing:
+        raise CheckpointError(f"{Path(folder) / INDEX}: no {', '.join(missing)} beside it; fetch the whole model")
+    with contextlib.ExitStack() as stack:
+        tensors = _Tensors()
+        for part in paths:
+            try:
+                tensors.add(stack.enter_context(safe_open(part, framework="pt")), part)
+            except SafetensorError as error:
+                raise CheckpointError(f"{part}: not a safetensors file ({error}); save the model again") from error
+        _assign(model, tensors, path, tied_head=tied_head)
 
 
-def _assign(model: nn.Module, file: Any, path: Path, *, tied_head: bool) -> None:
+class _Tensors:
+    """The tensors of one or several open safetensors files, each read when it is asked for."""
+
+    def __init__(self) -> None:
+        self.file_of: dict[str, Any] = {}
+
+    def add(self, file: Any, path: Path) -> None:
+        """Add all tensors of an open file; raises CheckpointError where one of that name is in another."""
+        twice = sorted(self.file_of.keys() & set(file.keys()))
+        if twice:
+            raise CheckpointError(f"{path}: {', '.join(twice)} is in another part too; save the model again")
+        self.file_of |= dict.fromkeys(file.keys(), file)
+
+    def keys(self) -> list[str]:
+        return list(self.file_of)
+
+    def get_slice(self, name: str) -> Any:
+        return self.file_of[name].get_slice(name)
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        return self.file_of[name].get_tensor(name)
+
+
+def _assign(model: nn.Module, file: _Tensors, path: Path, *, tied_head: bool) -> None:
     parameters = {_file_name(name): (name, parameter) for name, parameter in model.named_parameters()}
     stored, wrong = {}, []
     for key in sorted(file.keys()):
@@ -165,7 +198,7 @@ def _assign(model: nn.Module, file: Any, path: Path, *, tied_head: bool) -> None
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
-def _repeats_embedding(file: Any, head: str) -> bool:
+def _repeats_embedding(file: _Tensors, head: str) -> bool:
     """True where the head that a file stores is its token embedding."""
     embedding = head.replace("lm_head.", "wte.")
     embedding = embedding if embedding in file.keys() else f"transformer.{embedding}"

@@ -6,9 +6,14 @@ a revision is resolved once to the commit that it stands for now, and that commi
 
 from __future__ import annotations
 
+import json
 import os
+import queue
 import re
+import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from minirlhf.runtime import UserError
 
@@ -19,10 +24,11 @@ REVISIONS = {
     "gpt2-large": "32b71b12589c2f8d625668d2335a01cac3249519",
     "gpt2-xl": "15ea56dee5df4983c59b2538573817e1667135e2",
 }
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # large models come in parts that the index names
 # No pickled weights: they are never downloaded.
-MODEL_FILES = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+MODEL_FILES = ["config.json", WEIGHTS, INDEX, "model-*.safetensors", "vocab.json", "merges.txt"]
 NAME = re.compile(r"(?P<name>\w[\w.-]*(/\w[\w.-]*)?)(@(?P<revision>[\w./-]+))?")
-SECONDS = 5  # to wait for the hub's first answer
+SECONDS = 1.5  # to wait for the hub's first answer, unless HF_HUB_ETAG_TIMEOUT says otherwise
 
 
 def model_folder(source: str | os.PathLike[str]) -> Path:
@@ -42,6 +48,39 @@ def model_folder(source: str | os.PathLike[str]) -> Path:
     return _cached(name, revision) or _download(name, revision)
 
 
+def model_or_earlier(named: str | None, flag: str, folder: Path, *, data: str | None = None) -> Path:
+    """The folder of the model that `flag` names, else `folder`, <run>/<stage>/model, where an earlier stage left one.
+
+    data  the comparisons that the user gave, from which `train_sft.py` learns the better answers
+    Raises UserError that says which command makes the model where there is none.
+    """
+    if named is None and not (folder / "config.json").is_file():
+        stage, run = folder.parent.name, folder.parent.parent
+        command = f"python train_{stage}.py --run {run}{f' --train {data}' if data else ''}"
+        raise UserError(f"{folder}: no model yet; run `{command}` first, or name a model with {flag}")
+    return model_folder(named or folder)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files with a folder's weights: model.safetensors, else the parts that its index names, else none.
+
+    Raises UserError where the index is not one. A part may be missing, and is then still in the list.
+    """
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    index = folder / INDEX
+    if not index.is_file():
+        return []
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        plain = all(Path(name).name == name for name in names)  # a path could lead out of the folder
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not an index of weights ({first_line(error)}); save the model again") from error
+    if not names or not plain:
+        raise UserError(f"{index}: weight_map must name files beside it; save the model again")
+    return [folder / name for name in names]
+
+
 def _cached(name: str, revision: str | None) -> Path | None:
     """The cached folder of a name at a fixed commit; a name that may move is asked for anew."""
     from huggingface_hub import snapshot_download
@@ -53,8 +92,9 @@ def _cached(name: str, revision: str | None) -> Path | None:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=MODEL_FILES, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    # An interrupted download leaves a folder without its largest file.
-    return folder if (folder / "model.safetensors").exists() else None
+    # An interrupted download leaves a folder without its largest files.
+    files = weight_files(folder)
+    return folder if files and all(file.exists() for file in files) else None
 
 
 def _download(name: str, revision: str | None) -> Path:
@@ -76,11 +116,12 @@ def commit_of(name: str, revision: str | None, *, kind: str, advice: str) -> str
 
     kind  "model" or "dataset";  advice  what to do without the hub, for the error
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     ask = {"model": HfApi().model_info, "dataset": HfApi().dataset_info}[kind]
+    seconds = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else SECONDS
     try:
-        commit = ask(name, revision=revision, timeout=SECONDS).sha
+        commit = _in_time(lambda: ask(name, revision=revision, timeout=seconds).sha, seconds)
     except Exception as error:  # the client's errors share no base class; none of them is hidden
         raise UserError(
             f"{name}: no such file or folder here, and the Hugging Face hub gives no {kind} of this name "
@@ -89,6 +130,26 @@ def commit_of(name: str, revision: str | None, *, kind: str, advice: str) -> str
     if revision is None:
         print(f"{name}: at commit {commit}; write {name}@{commit} to stay with it", flush=True)
     return commit
+
+
+def _in_time(ask: Callable[[], Any], seconds: float) -> Any:
+    """What `ask` answers; raises TimeoutError after `seconds`, where a silent name server would take longer."""
+    answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+
+    def run() -> None:
+        try:
+            answers.put((ask(), None))
+        except Exception as error:  # raised again below
+            answers.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        answer, error = answers.get(timeout=seconds)
+    except queue.Empty:
+        raise TimeoutError(f"no answer in {seconds:g} seconds; HF_HUB_ETAG_TIMEOUT=30 waits longer") from None
+    if error is not None:
+        raise error
+    return answer
 
 
 def first_line(error: Exception) -> str:

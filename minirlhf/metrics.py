@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from minirlhf import processes
+
 Value = float | int | Tensor
 LOGS = ("metrics.jsonl", "timing.jsonl")
 CHUNK = 1 << 20  # bytes read at a time
@@ -49,10 +51,16 @@ def file_hash(path: Path, size: int | None = None) -> str:
 
 
 def source_hash(source: Path | str) -> str:
-    """SHA-256 of a file, or of the weights in a model folder; a name that is neither stands for itself."""
+    """SHA-256 of a file, or of the weights in a model folder; a name that is neither stands for itself.
+
+    Weights in several parts have the hash of their parts' hashes, in the order of their names.
+    """
     path = Path(source)
     file = path / "model.safetensors" if path.is_dir() else path
-    return file_hash(file) if file.is_file() else f"named {source}"
+    if file.is_file():
+        return file_hash(file)
+    parts = [file_hash(part) for part in sorted(path.glob("model-*.safetensors"))]
+    return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else f"named {source}"
 
 
 class RunLog:
@@ -83,7 +91,11 @@ class RunLog:
             "inputs": {str(path): source_hash(path) for path in inputs},
             "models": {str(path): source_hash(path) for path in models},
             "versions": versions(),
-            "machine": {"processor": platform.machine(), "threads": torch.get_num_threads()},
+            "machine": {
+                "processor": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "processes": processes.world_size(),
+            },
         }
         if keep is None:  # after the hashes: what is read may be in the folder that moves
             fresh_folder(folder)

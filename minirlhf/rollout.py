@@ -1,21 +1,26 @@
 """One PPO rollout: prompts in, and out comes a batch that holds all that the update reads.
 
 The sampled batch is right-padded, so it is a training batch as it stands. Reference, reward model and value model each
-see it once, without gradient, in length-sorted micro-batches.
+see it once, without gradient, in length-sorted micro-batches. Several processes sample and score a share of the rows
+each; every one of them then holds the whole rollout, so that what follows is the same everywhere.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from minirlhf.data import Batch, micro_batches
-from minirlhf.generate import generate
+from minirlhf import processes
+from minirlhf.data import Batch, own_micro_batches
+from minirlhf.generate import Samples, generate
 from minirlhf.model import GPT
 from minirlhf.reward import ValueModel
+
+B = TypeVar("B", bound=Batch)
 
 
 @dataclass
@@ -43,19 +48,64 @@ def over_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, max_to
     """`function(batch)` computed in micro-batches, without gradient; a (B,) or (B, T-1) result, 0 beyond a row.
 
     function  per-row: its result for a row must not depend on the other rows
+    Every process computes a share of the rows and returns the result for all of them.
     """
-    result: Tensor | None = None
-    for part in micro_batches(batch.lengths, max_tokens):
-        value = function(batch.rows(part))
-        if result is None:
-            shape = (len(batch),) if value.ndim == 1 else (len(batch), batch.tokens.shape[1] - 1)
-            result = value.new_zeros(shape)
+    parts = own_micro_batches(batch.lengths, max_tokens)
+    first = function(batch.rows(parts[0] if parts else torch.tensor([0])))  # without rows: what a result looks like
+    shape = (len(batch),) if first.ndim == 1 else (len(batch), batch.tokens.shape[1] - 1)
+    result = first.new_zeros(shape)
+    for number, part in enumerate(parts):
+        value = function(batch.rows(part)) if number else first
         if value.ndim == 1:
             result[part] = value
         else:
             result[part, : value.shape[1]] = value
-    assert result is not None, "an empty batch"
-    return result
+    return processes.all_sum(result)  # each row from one process, 0 from the others: nothing is rounded
+
+
+def sample(
+    policy: GPT,
+    prompts: Sequence[list[int]],
+    *,
+    keys: Sequence[tuple[int, ...]],
+    seed: int,
+    eos_id: int,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+) -> Samples:
+    """A sampled response to each prompt, the same in every process: each samples a share, then they exchange theirs.
+
+    Row i has its own random stream, (seed, keys[i]), so who samples it makes no difference to what is sampled.
+    """
+    own = processes.share(torch.tensor([len(prompt) for prompt in prompts])).tolist()
+    rows = own or [0]  # a process without rows samples one to take part in the exchange, and brings nothing
+    samples = generate(
+        policy,
+        [prompts[i] for i in rows],
+        max_new_tokens=max_new_tokens,
+        eos_id=eos_id,
+        temperature=temperature,
+        seed=seed,
+        keys=[keys[i] for i in rows],
+    )
+    return joined(samples, own, len(prompts))
+
+
+def joined(part: B, own: Sequence[int], count: int) -> B:
+    """The batch of `count` rows whose rows `own` are those of `part`, and the others those of the other processes."""
+    if processes.world_size() == 1:
+        return part
+    width = part.tokens.shape[1]
+    more = int(processes.all_max(torch.tensor(width))) - width  # columns that another process's rows need
+    index = torch.tensor(own, dtype=torch.long, device=part.tokens.device)
+
+    def exchange(value: Tensor) -> Tensor:
+        shape = (count,) if value.ndim == 1 else (count, value.shape[1] + more)
+        whole = value.new_zeros(shape, dtype=torch.int64 if value.dtype == torch.bool else value.dtype)
+        whole[(index, *(slice(size) for size in value.shape[1:]))] = value[: len(index)].to(whole.dtype)
+        return processes.all_sum(whole).to(value.dtype)
+
+    return type(part)(**{field.name: exchange(getattr(part, field.name)) for field in fields(part)})
 
 
 def collect(
@@ -85,8 +135,8 @@ def collect(
     max_tokens         padded positions a micro-batch
     Source: Ziegler et al. 2019, the fixed score included; Huang et al. 2024 (arXiv 2403.17031).
     """
-    samples = generate(
-        policy, prompts, max_new_tokens=max_new_tokens, eos_id=eos_id, temperature=temperature, seed=seed, keys=keys
+    samples = sample(
+        policy, prompts, keys=keys, seed=seed, eos_id=eos_id, max_new_tokens=max_new_tokens, temperature=temperature
     )
 
     def logprobs_under(model: GPT) -> Callable[[Batch], Tensor]:

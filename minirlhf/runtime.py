@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from minirlhf import processes
+
 
 class UserError(Exception):
     """A mistake in what the user gave: what, where and how to fix it, in one line. Scripts exit with code 2."""
@@ -55,12 +57,22 @@ class Stream(enum.IntEnum):
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device for `auto|cpu|cuda|mps`; auto takes a GPU where there is one."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    """The device for `auto|cpu|cuda|mps`; auto takes a GPU where there is one. Several processes take one GPU each."""
+    several = processes.world_size() > 1
+    mps = torch.backends.mps.is_available() and not several
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": mps}
     if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+        name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
     require(available.get(name, False), f"--device {name}: not available on this machine; use --device auto or cpu")
-    return torch.device(name)
+    return _own_gpu() if name == "cuda" and several else torch.device(name)
+
+
+def _own_gpu() -> torch.device:
+    """The GPU of this process, of several on a machine."""
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    require(number < count, f"--nproc-per-node: more processes than the {count} GPUs here; use fewer, or --device cpu")
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -78,9 +90,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
 
 
-def run_script(main: Callable[[Any], object], presets: dict[str, Any]) -> None:
+def run_script(main: Callable[[Any], object], presets: dict[str, Any], *, several: bool = False) -> None:
     """The entry point of every script: `--preset NAME`, then one flag for each field of its configuration.
 
+    several  it may run in several processes, started by torchrun
     Exit code 0, or 2 with one line on standard error for a UserError; `--debug` shows the traceback instead.
     SIGTERM and Ctrl-C stop it in order with 143 and 130, a second one at once.
     """
@@ -89,18 +102,24 @@ def run_script(main: Callable[[Any], object], presets: dict[str, Any]) -> None:
     arguments = sys.argv[1:]
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
-    try:
-        default = presets[_preset_name(arguments, presets)]
-        with interruptible():
-            main(tyro.cli(type(default), default=default, args=arguments, description=sys.modules["__main__"].__doc__))
-    except UserError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except Interrupted as error:
-        print(f"stopped by {error}", file=sys.stderr)
-        sys.exit(128 + error.number)
+    description = sys.modules["__main__"].__doc__
+    with processes.started() as group:
+        try:
+            alone = processes.world_size() == 1
+            require(several or alone, "this command runs in one process, and only train_*.py in several: no torchrun")
+            default = presets[_preset_name(arguments, presets)]
+            with interruptible():
+                main(
+                    group.writer_first(
+                        lambda: tyro.cli(type(default), default=default, args=arguments, description=description)
+                    )
+                )
+        except UserError as error:
+            if debug:
+                raise
+            group.end(2, f"error: {error}")
+        except Interrupted as error:
+            group.end(128 + error.number, f"stopped by {error}")
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)

@@ -12,28 +12,28 @@
 A step is done when its row is written. Whatever ends the process before (a signal, an error, no more memory) drops the
 unfinished step: just before the first optimizer step within it the state is copied, and that copy is what is saved.
 The copy is as large as a checkpoint and lives from there to the end of the training step, when no activations do.
+Of several processes all hold the state, and one writes.
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minirlhf import checkpoint
-from minirlhf.checkpoint import DiskFull, Manifest, Parts
-from minirlhf.metrics import LOGS, RunLog, Value, file_hash, source_hash, versions
+from minirlhf import checkpoint, memory, processes
+from minirlhf.checkpoint import MARKER, DiskFull, Manifest, Parts
+from minirlhf.metrics import LOGS, RunLog, Value, source_hash, versions
 from minirlhf.runtime import DivergenceError, UserError, held_signals, require
 
-MARKER = "stage.json"  # says whether the stage is finished, and then what it made
 KEPT = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
 
 
@@ -61,6 +61,8 @@ class Stage:
         self.done = self.saved = 0  # steps that are finished, and how many of them the newest checkpoint holds
         self._undo: Parts | None = None  # the state before the unfinished step, once that has changed it
         self._quality: float | None = None
+        memory.require_number_for_several(config)
+        checkpoint.require_writable(folder)
 
     @property
     def finished(self) -> bool:
@@ -69,11 +71,14 @@ class Stage:
         Raises UserError where settings or inputs have changed since, or a file that the stage made.
         """
         path = self.folder / MARKER
-        marker = self._marker() if self.resume else {}
+        marker = checkpoint.read_marker(self.folder) if self.resume else {}
         if not marker.get("finished"):
+            newest = checkpoint.latest(self.root) if self.resume else None
+            if newest is not None:  # its tensors are read later, into the models
+                checkpoint.check(newest, stage=self.folder.name, config=vars(self.config), inputs=self._hashes())
             return False
         checkpoint.check_same(path, marker, vars(self.config), self._hashes())
-        made = self._outputs()
+        made = checkpoint.outputs(self.folder)
         for name, digest in marker["outputs"].items():
             state = "missing" if name not in made else "altered"
             again = f"remove {path} and use --resume: it is made again from the last checkpoint"
@@ -97,32 +102,50 @@ class Stage:
         best              metric by which the best checkpoint is kept, and whether "min" or "max" is best
         Raises UserError where the run cannot go on (see `checkpoint.load`), or the disk is too full to begin.
         """
-        require(checkpoint_every >= 1, f"--checkpoint-every {checkpoint_every}: must be at least 1")
         self.state, self.steps, self.checkpoint_every, self.best = state, steps, checkpoint_every, best
         self.nbytes = checkpoint.expected(state).nbytes if state is not None else 0
+        with contextlib.ExitStack() as locked:
+            if processes.is_writer():
+                locked.enter_context(checkpoint.only_writer(self.folder))
+            self._begin()
+            self._lock = locked.pop_all()
+        return self
+
+    def _begin(self) -> None:
+        """In every process: the writer opens the folder, then the others read what it goes on from."""
         self._hashes()  # now: what is read may be in a folder that is moved aside
+        processes.barrier()  # and every process has read it
+        if processes.is_writer():
+            self._open()
+        processes.barrier()
+        if self.resume and not processes.is_writer():
+            self._continue()
+        self._require_same()
+
+    def _open(self) -> None:
+        """Go on with what stands in the folder, or begin with an empty one: the log, the marker, room on the disk."""
         checkpoint.clean(self.root)
         manifest = self._continue() if self.resume else None
+        if self.resume and manifest is None:
+            self._clear()
         keep = {name: entry["size"] for name, entry in manifest.logs.items()} if manifest else None
         self.log = RunLog(
             self.folder,
             self.config,
             inputs=self.inputs,
             models=self.models,
-            steps=steps,
+            steps=self.steps,
             keep=keep,
             done=self.done,
         )
-        checkpoint.write_atomically(self.folder / MARKER, json.dumps({"finished": False}))
+        checkpoint.mark_begun(self.folder)
         there = len(list(self.root.glob("[0-9]*")))
         checkpoint.require_space(self.folder, (KEPT - min(there, KEPT - 1)) * self.nbytes)
-        return self
 
     def _continue(self) -> Manifest | None:
-        """Fill the state from the newest checkpoint; without one, clear away what a killed process had begun."""
+        """Fill the state from the newest checkpoint; None without one."""
         newest = checkpoint.latest(self.root) if self.state is not None else None
         if newest is None:
-            self._clear()
             return None
         name = self.folder.name
         manifest = checkpoint.load(newest, self.state, stage=name, config=vars(self.config), inputs=self._hashes())
@@ -132,19 +155,31 @@ class Stage:
             print(f"{name}: began with {manifest.versions}, now {versions()}: last digits may differ")
         return manifest
 
+    def _require_same(self) -> None:
+        """Raise UserError unless all processes have the same settings, inputs, checkpoint and weights."""
+        if processes.world_size() > 1:
+            config = {name: value for name, value in vars(self.config).items() if name not in checkpoint.CHANGEABLE}
+            tensors = checkpoint.parts(self.state).tensors if self.state is not None else {}
+            # Of the bits, as integers: the order of adding up must not matter.
+            sums = {n: int(t.reshape(-1).view(torch.int16).sum(dtype=torch.int64)) for n, t in tensors.items()}
+            other = processes.differing(f"{config} {list(self._hashes().values())} {self.done} {sums}")
+            same = "give every machine the same command, files and run folder"
+            require(not other, f"{self.folder.name}: process {other} and process 0 would not train the same: {same}")
+
     def _clear(self) -> None:
         """Delete a folder that a killed process had begun; one that holds anything else is left to be moved aside."""
         if self.folder.is_symlink() or not self.folder.is_dir():
             return
         names = {path.name for path in self.folder.iterdir() if not path.name.startswith(".saving-")}
         begun = {"run.json", MARKER, self.root.name, *LOGS}
-        if self.state is None and self._marker().get("finished") is False:
+        if self.state is None and checkpoint.read_marker(self.folder).get("finished") is False:
             begun |= {"rankings.jsonl"}
         if names <= begun:
             shutil.rmtree(self.folder)
 
     def __enter__(self) -> Self:
-        fields = vars(self.state).values() if self.state is not None else ()
+        kept = self.state is not None and processes.is_writer()
+        fields = vars(self.state).values() if kept else ()
         optimizers = [value for value in fields if isinstance(value, Optimizer)]
         self._hooks = [optimizer.register_step_pre_hook(self._before_update) for optimizer in optimizers]
         return self
@@ -155,9 +190,47 @@ class Stage:
             with held_signals():
                 self._undo = checkpoint.parts(self.state).clone()
 
+    @property
+    def fitted(self) -> Any:
+        """The configuration with a number for `--micro-batch-tokens`, which `auto` finds."""
+        return memory.fitted(self.config, self.state)
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[Any]:
+        """A training step within a loop that comes again while the step is not done; gives `fitted`.
+
+        Where `--micro-batch-tokens` is `auto` and memory runs out, the state is again what it was before the step, and
+        the next attempt has half as many tokens a forward pass. The gradient is the same whatever their number.
+        """
+        fitted, done = self.fitted, self.done
+        try:
+            yield fitted
+        except Exception as error:
+            if self.done > done or not memory.may_try_again(error, self.config, fitted):
+                raise
+        else:
+            return
+        self._halve(fitted.micro_batch_tokens)
+
+    def _halve(self, tokens: int) -> None:
+        """Put back the state from before the unfinished step, with half the micro-batch."""
+        with held_signals():
+            if self._undo is not None:
+                checkpoint.restore(self.state, self._undo)
+                self._undo = None
+            for value in vars(self.state).values():
+                if isinstance(value, nn.Module):
+                    value.zero_grad(set_to_none=True)
+            self.state.fitted_tokens = tokens // 2
+        torch.clear_autocast_cache()
+        print(f"{self.folder.name}: {tokens:,} tokens a forward pass do not fit, {tokens // 2:,} are tried", flush=True)
+
     def finish(self, step: int, metrics: Mapping[str, Value], *, tokens: int) -> None:
         """The step is done: write its row, and a checkpoint where one is due; `tokens` were processed in it."""
         values = {name: float(value) for name, value in metrics.items()}
+        if not processes.is_writer():
+            self.done = step + 1
+            return
         with held_signals():
             self.log.row(step, values, tokens=tokens)
             self.done, self._undo = step + 1, None
@@ -181,16 +254,29 @@ class Stage:
         self.saved = self.done
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
+        with self._lock:
+            self._end(error)
+
+    def _end(self, error: BaseException | None) -> None:
         for hook in self._hooks:
             hook.remove()
         reason = self._explain(error) if error is not None else None
-        if error is not None and not isinstance(reason, DiskFull):
-            self._save_last()
-        self.log.close()
+        if processes.is_writer():
+            self._close(error, reason)
         if error is None:
-            self._mark_finished()
+            processes.barrier()  # the next stage may read what this one has written
         elif reason is not error:
             raise reason from error
+
+    def _close(self, error: BaseException | None, reason: BaseException | None) -> None:
+        """Save the last finished step after an error, end the log, mark the stage finished where it is."""
+        if error is not None and not isinstance(reason, DiskFull):
+            # Where another process has ended, torchrun's SIGTERM is on its way.
+            with held_signals() if isinstance(error, processes.ProcessLost) else contextlib.nullcontext():
+                self._save_last()
+        self.log.close()
+        if error is None:
+            checkpoint.mark_finished(self.folder, vars(self.config), self._hashes())
 
     def _save_last(self) -> None:
         """Save the last finished step on the way out of an error, which stays the one that is reported."""
@@ -208,32 +294,9 @@ class Stage:
         where = f"{self.folder.name}, step {self.done}"
         if isinstance(error, DivergenceError):
             return DivergenceError(f"{where}: {error}")
-        if _is_out_of_memory(error):
-            return UserError(f"{where}: out of memory {_batch_and_smaller(self.config)}")
+        if memory.is_out_of_memory(error):
+            return UserError(f"{where}: {memory.explain(self.config, self.fitted)}")
         return checkpoint.disk_full(error, self.folder, self.nbytes) or error
-
-    def _marker(self) -> dict[str, Any]:
-        """What stage.json says; empty where there is none."""
-        path = self.folder / MARKER
-        marker = checkpoint.read_json(path) if path.exists() else {}
-        require(isinstance(marker, dict), f"{path}: not a JSON object; remove it")
-        return marker
-
-    def _mark_finished(self) -> None:
-        """Write the marker with the hashes of all that the stage made, last of all."""
-        marker = {
-            "finished": True,
-            "config": {name: checkpoint.plain(value) for name, value in vars(self.config).items()},
-            "inputs": self._hashes(),
-            "outputs": self._outputs(),
-        }
-        checkpoint.write_atomically(self.folder / MARKER, json.dumps(marker, indent=1))
-
-    def _outputs(self) -> dict[str, str]:
-        """Hashes of the files in the stage's folder, by name; the checkpoints have their own."""
-        made = [path for path in sorted(self.folder.rglob("*")) if path.is_file() and not path.is_symlink()]
-        made = [path for path in made if self.root not in path.parents and path.name != MARKER]
-        return {path.relative_to(self.folder).as_posix(): file_hash(path) for path in made}
 
     def _hashes(self) -> dict[str, str]:
         """Hashes of what the stage reads, by path; taken once."""
@@ -251,30 +314,3 @@ def require_finite(**tensors: Tensor) -> None:
             raise DivergenceError(
                 f"{name.replace('_', ' ')} {what}: stopped before the optimizer step; try a lower learning rate"
             )
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # The CPU's allocator raises a plain RuntimeError.
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
-
-
-def _batch_and_smaller(config: Any) -> str:
-    """The batch, the peak of memory, and the flag values to try."""
-    names = ("micro_batch_tokens", "batch_size", "rollout_size")
-    flags = {f"--{n.replace('_', '-')}": getattr(config, n) for n in names if hasattr(config, n)}
-    batch = " ".join(f"{flag} {value}" for flag, value in flags.items())
-    smaller = ", then ".join(f"{flag} {max(value // 2, 1)}" for flag, value in flags.items())
-    return (
-        f"with {batch}; the peak was {_peak_bytes() / 2**30:.2f} GiB. Try {smaller}; the first changes no result and "
-        "goes with --resume"
-    )
-
-
-def _peak_bytes() -> int:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    import resource  # not on every system, and needed only here
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

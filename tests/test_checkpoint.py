@@ -237,6 +237,21 @@ def flip(path: Path, position: float) -> None:
     path.write_bytes(content)
 
 
+def flip_tensor(folder: Path, name: str) -> None:
+    """Flip a bit in the middle of the first stored tensor whose name ends so."""
+    file = folder / "state.safetensors"
+    content = file.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    start, end = header[next(key for key in sorted(header) if key.endswith(name))]["data_offsets"]
+    flip(file, (8 + length + (start + end) / 2) / (len(content) - 1))
+
+
+def replace_by_link(file: Path) -> None:
+    file.rename(file.with_name("elsewhere"))
+    file.symlink_to(file.with_name("elsewhere"))
+
+
 def seal(folder: Path, **changes: object) -> None:
     """Give a checkpoint a manifest that vouches for what stands there now, as only malice would."""
     content = json.loads((folder / "manifest.json").read_text())
@@ -259,7 +274,8 @@ def damage_input(newest: Path) -> str:
 
 # What is done to the newest checkpoint, and the file that the error must name.
 DAMAGE: dict[str, Callable[[Path], object]] = {
-    "flipped bit in a weight": lambda c: flip(c / "state.safetensors", 0.9) or "state.safetensors",
+    "flipped bit in a weight": lambda c: flip_tensor(c, "wte.weight") or "state.safetensors",
+    "flipped bit in the optimizer": lambda c: flip_tensor(c, "ln_f.bias.exp_avg_sq") or "state.safetensors",
     "flipped bit in a name": lambda c: flip(c / "state.safetensors", 0.001) or "state.safetensors",
     "flipped bit in a number": lambda c: flip(c / "state.json", 0.5) or "state.json",
     "flipped bit in the manifest": lambda c: flip(c / "manifest.json", 0.5) or "manifest.json",
@@ -270,6 +286,10 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "missing folder": lambda c: shutil.rmtree(c) or c.name,
     "manifest of another stage": lambda c: seal(c, stage="other") or "manifest.json",
     "checkpoint of another step": lambda c: seal(c, step=1) or "manifest.json",
+    "another format": lambda c: seal(c, format=2) or "manifest.json",
+    "path out of the folder": lambda c: seal(c, files={"../../../train.jsonl": {"size": 1}}) or "manifest.json",
+    "link in place of a file": lambda c: replace_by_link(c / "state.safetensors") or "state.safetensors",
+    "settings of another run": lambda c: seal(c, config={}) or c.name,
     "altered metrics": lambda c: flip(c.parent.parent / "metrics.jsonl", 0.99) or "metrics.jsonl",
     "pointer to nowhere": lambda c: (c.parent / "latest").write_text("../../elsewhere") and "latest",
     "altered data file": damage_input,
@@ -311,6 +331,9 @@ def test_damage_is_one_clear_error_and_never_loaded(
     assert file in message and "\n" not in message and not (run / name / "model").exists()
     if kind == "altered data file":
         assert "altered since" in message and "restore it" in message
+        return
+    if kind == "settings of another run":
+        assert "was written with other settings" in message and "--resume needs the same" in message
         return
     # The error offers the newest other checkpoint that is whole; taking the offer leads to the same result.
     others = [newest] if kind == "pointer to nowhere" else []

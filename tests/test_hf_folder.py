@@ -8,6 +8,8 @@ import json
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import make_dataclass
 from pathlib import Path
@@ -23,7 +25,7 @@ from torch.testing import assert_close
 
 from minirlhf import data, hf_folder, hub, tokenizer
 from minirlhf.generate import generate
-from minirlhf.metrics import RunLog
+from minirlhf.metrics import RunLog, source_hash
 from minirlhf.model import GPT, CheckpointError, GPTConfig
 from minirlhf.model_card import write_model_card
 from minirlhf.reward import RewardModel
@@ -55,9 +57,9 @@ def test_saving_over_the_folder_a_model_came_from(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
 
 
-def rewrite(folder: Path, change: Callable[[dict], dict]) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    save_file(change(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+def rewrite(folder: Path, change: Callable[[dict], dict], file: str = "model.safetensors") -> None:
+    tensors = load_file(folder / file)
+    save_file(change(tensors), folder / file, metadata={"format": "pt"})
 
 
 def test_names_without_prefix_stored_masks_and_a_repeated_tied_head_are_read(tmp_path: Path) -> None:
@@ -175,6 +177,81 @@ def test_square_projections_are_stored_the_other_way_round(tmp_path: Path) -> No
         assert_close(x @ stored, x @ ours.T)  # Conv1D multiplies from the right
 
 
+def split_into_parts(folder: Path) -> dict[str, str]:
+    """Divide model.safetensors as transformers does with large models: two parts and an index. Returns its map."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    place = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(sorted(tensors))}
+    for part in set(place.values()):
+        held = {name: tensor for name, tensor in tensors.items() if place[name] == part}
+        save_file(held, folder / part, metadata={"format": "pt"})
+    (folder / hub.INDEX).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": place}))
+    return place
+
+
+def test_weights_in_parts_are_read(tmp_path: Path) -> None:
+    gpt = lively(GPT(CONFIG)).eval()
+    gpt.save_pretrained(tmp_path)
+    whole = source_hash(tmp_path)
+    split_into_parts(tmp_path)
+    loaded = GPT.from_pretrained(tmp_path)
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in gpt.state_dict().items())
+    parts = source_hash(tmp_path)
+    assert len(parts) == 64 and parts != whole
+    rewrite(
+        tmp_path,
+        lambda tensors: tensors | {"transformer.ln_f.bias": torch.ones(16)},
+        "model-00001-of-00002.safetensors",
+    )
+    assert source_hash(tmp_path) != parts
+
+
+def test_what_transformers_saves_in_parts_is_read(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    theirs = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_positions=8, n_layer=2, n_head=2, n_embd=16, bos_token_id=0)
+    ).eval()
+    theirs.save_pretrained(tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("model-*.safetensors"))) > 2
+    tokens = torch.arange(6)[None]
+    with torch.no_grad():
+        assert_close(GPT.from_pretrained(tmp_path)(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        ("part", "model.safetensors.index.json: no model-00002-of-00002.safetensors beside it; fetch the whole model"),
+        ("tensor", "model.safetensors.index.json: missing transformer.ln_f.bias"),
+        ("twice", "model-00002-of-00002.safetensors: transformer.wte.weight is in another part too"),
+        ("header", "model-00002-of-00002.safetensors: not a safetensors file"),
+        ("index", "model.safetensors.index.json: not an index of weights"),
+        ("outside", "model.safetensors.index.json: weight_map must name files beside it"),
+    ],
+)
+def test_damaged_parts_are_named(damage: str, words: str, tmp_path: Path) -> None:
+    GPT(CONFIG).save_pretrained(tmp_path)
+    place = split_into_parts(tmp_path)
+    second = "model-00002-of-00002.safetensors"
+    if damage == "part":
+        (tmp_path / second).unlink()
+    elif damage == "tensor":
+        rewrite(
+            tmp_path, lambda t: {k: v for k, v in t.items() if "ln_f.bias" not in k}, place["transformer.ln_f.bias"]
+        )
+    elif damage == "twice":
+        for part in set(place.values()):
+            rewrite(tmp_path, lambda t: t | {"transformer.wte.weight": torch.zeros(13, 16)}, part)
+    elif damage == "header":
+        (tmp_path / second).write_text("nothing")
+    else:
+        outside = {"weight_map": {"transformer.wte.weight": "../model.safetensors"}}
+        (tmp_path / hub.INDEX).write_text(json.dumps(outside if damage == "outside" else [1]))
+    with pytest.raises(UserError) as caught:
+        GPT.from_pretrained(tmp_path)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
 def anonymous_memory() -> int:
     """Bytes of this process that no file stands behind; a file that is mapped into memory does not count."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
@@ -240,6 +317,38 @@ def test_without_a_network_the_error_says_how_to_provide_a_folder(name: str, emp
     assert re.search(words, str(caught.value)) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(("variable", "seconds"), [(None, 1.5), ("1", 1)])
+def test_a_hub_that_never_answers_is_not_waited_for(
+    variable: str | None, seconds: float, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name server that drops every question keeps a client far longer than its own timeout."""
+    silence = threading.Event()
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda *_, **__: silence.wait(20))
+    monkeypatch.delenv("HF_HUB_ETAG_TIMEOUT", raising=False)
+    monkeypatch.setattr(hub, "SECONDS", hub.SECONDS / 10)
+    if variable:
+        monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", variable)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_ETAG_TIMEOUT", int(variable) / 10)
+    started = time.perf_counter()
+    with pytest.raises(UserError, match=f"no answer in {seconds / 10:g} seconds; HF_HUB_ETAG_TIMEOUT=30 waits longer"):
+        hub.model_folder("gpt2")
+    assert time.perf_counter() - started < 5  # and not 20; a busy machine may take long to start the thread
+    silence.set()
+
+
+def test_a_stage_without_its_model_says_which_command_makes_it(tmp_path: Path) -> None:
+    folder = tmp_path / "sft" / "model"
+    command = f"`python train_sft.py --run {tmp_path} --train hh.gz`"
+    words = re.escape(f"{folder}: no model yet; run {command} first, or name a model with --x")
+    with pytest.raises(UserError, match=words):
+        hub.model_or_earlier(None, "--x", folder, data="hh.gz")
+    GPT(CONFIG).save_pretrained(folder)
+    assert hub.model_or_earlier(None, "--x", folder) == folder
+    assert hub.model_or_earlier(str(folder), "--x", tmp_path / "none") == folder
+    with pytest.raises(UserError, match="run `python train_reward.py --run .*` first"):
+        hub.model_or_earlier(None, "--x", tmp_path / "reward" / "model")
+
+
 @pytest.mark.parametrize("source", ["./gpt2", "/no/such/folder", "a/b/c", "-x", Path("gpt2")])
 def test_what_is_neither_a_folder_nor_a_name_is_refused_at_once(source: str | Path, empty_cache: Path) -> None:
     with pytest.raises(UserError, match="no such folder; give a folder that holds config.json and model.safetensors"):
@@ -261,7 +370,12 @@ def test_a_cached_model_needs_no_network(empty_cache: Path) -> None:
     tokenizer.save(tokenizer.load("bytes"), folder)
     assert hub.model_folder("gpt2-medium") == folder
     assert isinstance(GPT.from_pretrained("gpt2-medium"), GPT)
-    (folder / "model.safetensors").unlink()  # a download that was interrupted
+    split_into_parts(folder)
+    assert hub.model_folder("gpt2-medium") == folder
+    (folder / "model-00002-of-00002.safetensors").unlink()  # a download that was interrupted
+    with pytest.raises(UserError, match="gives no model of this name"):
+        hub.model_folder("gpt2-medium")
+    (folder / hub.INDEX).unlink()
     with pytest.raises(UserError, match="gives no model of this name"):
         hub.model_folder("gpt2-medium")
 
@@ -299,7 +413,8 @@ def test_downloads_are_of_one_commit_and_never_of_pickles(
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
     assert hub.model_folder(name) == tmp_path
-    files = ["config.json", "model.safetensors", "vocab.json", "merges.txt"]
+    files = ["config.json", "model.safetensors", "model.safetensors.index.json", "model-*.safetensors"]
+    files += ["vocab.json", "merges.txt"]
     assert calls == [(name.partition("@")[0], {"revision": commit, "allow_patterns": files})]
     said = capsys.readouterr().out
     assert said == ("" if asked else f"{name}: at commit {commit}; write {name}@{commit} to stay with it\n")

@@ -61,6 +61,9 @@ CASES = [
     ("negative seconds", {"seconds": -1}, "the field 'seconds' is the number -1, not a number of 0 or more"),
     ("a source missing", {"sources": ["x"]}, "'sources' has 1 values for 2 responses"),
     ("ids that are texts", {"response_ids": [["a"], []]}, "'response_ids' must be a list of token ids"),
+    ("a score missing", {"scores": [1.0]}, "'scores' has 1 values for 2 responses"),
+    ("a score in words", {"scores": [1.0, "high"]}, "'scores' must be numbers"),
+    ("a probability above 1", {"orders": [0.5, 1.5]}, "'orders' must be probabilities, from 0 to 1"),
     ("another item", {"item": "0123456789ab"}, "'item' is '0123456789ab', but this prompt"),
     ("another prompt", {"prompt": "q"}, f"'item' is '{GOOD['item']}', but this prompt"),
 ]

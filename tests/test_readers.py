@@ -392,6 +392,53 @@ def test_without_a_network_a_hub_name_says_what_to_do(tmp_path: Path, monkeypatc
     assert not data.is_hub_name("data/missing.jsonl") and not data.is_hub_name(tmp_path / "a" / "b")
 
 
+@pytest.mark.parametrize(
+    "first",
+    ["prompt,response", '"prompt","response"', "id;text;label\r", '"review text",label', "prompt,chosen,rejected"],
+)
+def test_csv_is_refused_in_words(first: str, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(f'{first}\n"a, b",c\n'.encode())
+    for kind in (None, "pairs", "demonstrations"):
+        with pytest.raises(UserError, match="a:1: looks like CSV, which is not read; save it as TSV or JSON Lines"):
+            data.read(tmp_path / "a", kind)
+    (tmp_path / "a").write_text('Hello, world\n"Yes," she said.\n')
+    assert len(data.load(tmp_path / "a", "demonstrations")) == 1
+
+
+# Rows of public data sets as the hub gives them, by name: (rows, kind, first record, records).
+POST = "SUBREDDIT: r/x\n\nTITLE: T\n\nPOST: P\n\nTL;DR:"
+HUB_SETS: dict[str, tuple[list[dict[str, Any]], data.Kind, dict[str, Any]]] = {
+    "Anthropic/hh-rlhf": (
+        [{"chosen": HH + " Yes.", "rejected": HH + " No."}],
+        "pairs",
+        pair(HH, " Yes.", " No."),
+    ),
+    "stanfordnlp/imdb": (
+        [{"text": "I liked it.<br />A lot.", "label": 0}, {"text": "No.", "label": 1}],
+        "demonstrations",
+        {**demonstration("", "I liked it.<br />A lot."), "rating": 0.0},
+    ),
+    "trl-lib/tldr": ([{"prompt": POST, "completion": " Short."}], "demonstrations", demonstration(POST, " Short.")),
+    "trl-lib/tldr-preference": (
+        [{"prompt": POST, "chosen": " Short.", "rejected": " Very long."}],
+        "pairs",
+        pair(POST, " Short.", " Very long."),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HUB_SETS)
+def test_public_sets_by_hub_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins with the columns of the four sets in docs/recipes.md."""
+    import datasets
+
+    rows, kind, record = HUB_SETS[name]
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
+    found = data.read(name)
+    assert (found.kind, found.records[0], len(found.records)) == (kind, record, len(rows)) and not found.left_out
+    assert data.load(name, "demonstrations")[0]["response"] == record.get("response", record.get("chosen"))
+
+
 # ---------------------------------------------------------------------------------------------------- any text at all
 any_text = st.lists(
     st.sampled_from(
@@ -429,6 +476,16 @@ def test_check_names_every_bad_line_and_exits_with_2(tmp_path: Path) -> None:
     assert f"{file}:2: not JSON" in done.stdout and f"{file}:3: no field 'rejected'" in done.stdout
     assert done.stderr == f"error: {file}: bad lines: 2; correct or remove them\n"
     assert run_check().returncode == 2
+
+
+def test_check_stops_quietly_where_its_reader_does(tmp_path: Path) -> None:
+    """`check FILE | head -1`: the pipe is closed long before the report ends."""
+    file = tmp_path / "a.jsonl"
+    file.write_text("{oops\n" * 20_000)  # more than a pipe holds
+    command = f"{sys.executable} -m minirlhf.data check {file} --tokenizer bytes | head -1"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, env=environment, timeout=60)
+    assert done.stdout == f"{file}\n" and "Traceback" not in done.stderr and "Exception" not in done.stderr
 
 
 def test_check_shows_the_loss_mask_and_what_does_not_fit(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -486,9 +543,13 @@ def test_real_files(name: str, real_data: Path) -> None:
 
 
 def test_no_real_file_is_forgotten(real_data: Path) -> None:
-    folders = ("preference", "sft", "prompts", "sentiment", "text")
-    there = {path.relative_to(real_data).as_posix() for folder in folders for path in (real_data / folder).iterdir()}
-    assert there == set(REAL)
+    there = {path.relative_to(real_data).as_posix() for path in real_data.rglob("*") if path.is_file()}
+    data_files = {name for name in there if not name.startswith(("LICENSES/", "gpt2-tokenizer/", "weights/"))}
+    assert data_files - {"README.md"} == set(REAL)
+    # Read by test_tokenizer.py, test_model.py and test_generate.py.
+    others = {"gpt2-tokenizer/encoder.json", "gpt2-tokenizer/vocab.bpe"}
+    others |= {f"weights/gpt-nano-sort/{name}" for name in ("config.json", "expected.json", "model.safetensors")}
+    assert {name for name in there if name.startswith(("gpt2-tokenizer/", "weights/"))} == others
 
 
 def test_real_dialogues_keep_every_character_of_prompt_and_answer(real_data: Path) -> None:
@@ -524,9 +585,9 @@ def test_the_worlds_files_read_as_they_are() -> None:
 
 # ------------------------------------------------------------------------------------------------------------- one flag
 def test_each_stage_trains_on_a_users_file_with_one_flag(tmp_path: Path) -> None:
-    alpaca = [{"instruction": f"Say {i}", "input": "", "output": f"It is {i}."} for i in range(20)]
-    hh = [{"chosen": turn(f"q{i}") + " Yes.", "rejected": turn(f"q{i}") + " No."} for i in range(20)]
-    export = [{"id": i, "data": {**TASK, "prompt": f"q{i}?"}, **LABELLED} for i in range(20)]
+    alpaca = [{"instruction": f"Say {i}", "input": "", "output": f"It is {i}."} for i in range(40)]
+    hh = [{"chosen": turn(f"q{i}") + " Yes.", "rejected": turn(f"q{i}") + " No."} for i in range(40)]
+    export = [{"id": i, "data": {**TASK, "prompt": f"q{i}?"}, **LABELLED} for i in range(40)]
     for name, rows in (("alpaca", alpaca), ("hh", hh), ("export", export)):
         (tmp_path / name).write_text(jsonl(*rows) if name == "hh" else json.dumps(rows))
     small = {"run": tmp_path / "run", "device": "cpu"}

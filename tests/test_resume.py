@@ -24,7 +24,7 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import __main__ as pipeline
-from minirlhf import checkpoint, stage
+from minirlhf import checkpoint, objective, stage
 from minirlhf.checkpoint import store
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.metrics import read_rows
@@ -86,17 +86,25 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str,
     return of
 
 
-def stop_at(patch: pytest.MonkeyPatch, owner: object, name: str, calls: int, *, after: bool = False) -> None:
-    """Let the call number `calls` of a function raise Stop, before or after its work."""
+def stop_at(
+    patch: pytest.MonkeyPatch,
+    owner: object,
+    name: str,
+    calls: int,
+    *,
+    after: bool = False,
+    error: type[Exception] = Stop,
+) -> None:
+    """Let the call number `calls` of a function raise an error, before or after its work."""
     function, seen = getattr(owner, name), []
 
     def stopping(*args: object, **kwargs: object) -> object:
         seen.append(None)
         if len(seen) == calls and not after:
-            raise Stop
+            raise error
         value = function(*args, **kwargs)
         if len(seen) == calls:
-            raise Stop
+            raise error
         return value
 
     patch.setattr(owner, name, stopping)
@@ -348,7 +356,7 @@ def poison(patch: pytest.MonkeyPatch, name: str, value: float) -> str:
     """From the third optimizer step on, the loss of a stage is `value`; returns the tensor that is to be named."""
     module, function = {
         "sft": (train_sft, "masked_mean"),
-        "reward": (train_reward, "bradley_terry_loss"),
+        "reward": (objective, "bradley_terry_loss"),
         "dpo": (train_dpo, "dpo_loss"),
         "ppo": (train_ppo.ppo, "policy_loss"),
     }[name]
@@ -439,7 +447,8 @@ def test_out_of_memory_names_batch_peak_and_what_to_try(tmp_path: Path, monkeypa
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_sft, "held_out", full)
         pattern = r"sft, step 4: out of memory with --micro-batch-tokens 128 --batch-size 8; the peak was [\d.]+ GiB"
-        with pytest.raises(UserError, match=pattern + ". Try --micro-batch-tokens 64, then --batch-size 4;"):
+        advice = ". Try --micro-batch-tokens 64, then --gradient-checkpointing, then --batch-size 4;"
+        with pytest.raises(UserError, match=pattern + advice):
             run("sft", folder)
     run("sft", folder, resume=True, micro_batch_tokens=64)  # what the message says to try
     assert len(read_rows(folder / "sft")) == 12

@@ -253,14 +253,14 @@ def test_reward_is_measured_on_held_out_prompts_after_the_last_step(reward: Simp
         close(reward.rows[-1], {f"accuracy_margin_{name}": accuracy})
 
 
-def test_accuracy_by_margin_by_hand() -> None:
+def test_accuracy_by_margin_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six pairs with differences 1, 2 | -10, 11 | -50, -60 in thirds by size: right, half right, wrong."""
     comparisons = [
         data.Comparison([data.Example([0], [100 + d]), data.Example([0], [100])], [(0, 1)])
         for d in (-10, 2, -60, 11, 1, -50)
     ]
-    first_token = lambda tokens, lengths: tokens[:, 1].float()  # noqa: E731
-    metrics = train_reward.held_out(first_token, comparisons, torch.device("cpu"), max_tokens=8)
+    monkeypatch.setattr(train_reward, "response_scores", lambda model, batch: batch.tokens.flatten()[batch.targets])
+    metrics = train_reward.held_out(None, comparisons, torch.device("cpu"), max_tokens=8)
     shares = {"small": 1.0, "medium": 0.5, "large": 0.0}
     assert {name: metrics[f"accuracy_margin_{name}"].item() for name in shares} == shares
     assert metrics["validation_accuracy"] == 0.5

@@ -121,6 +121,14 @@ def test_best_against_the_rest() -> None:
     }
 
 
+def test_ties_that_are_kept_reach_the_reward_models_own_setting() -> None:
+    labels = [label("p", "ab", (0, 0)), label("q", "ab", (0, 1)), label("r", "ab", (0, 0), verdict="skip")]
+    records = training_records(labels, form="rankings", ties="keep")
+    assert [record["ranks"] for record in records] == [[0, 0], [0, 1]]
+    (tie,) = data.encode_comparisons(ENCODING, records[:1], max_length=90, ties=True)
+    assert tie.pairs == [(0, 1), (1, 0)] and tie.weights == [0.5, 0.5]
+
+
 def test_half_weighted_ties_are_half_a_win_each_way_in_the_loss() -> None:
     """The mean loss over the records is the mean over labels with 1/2 (-log sigmoid(d) - log sigmoid(-d)) for a tie."""
     labels = [label("p", "ab", (0, 1)), label("q", "ab", (0, 0)), label("r", "abc", (0, 1, 1))]

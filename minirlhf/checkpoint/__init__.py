@@ -9,26 +9,58 @@ What is not in it: random generators, data positions and learning rates, which a
 everywhere in this project, and the reward model's normaliser, which is folded into its weights.
 """
 
-from minirlhf.checkpoint.manifest import Damaged, Manifest, check_same, plain, read_json, read_manifest, verify
-from minirlhf.checkpoint.state import Parts, expected, parts
-from minirlhf.checkpoint.store import DiskFull, clean, disk_full, latest, load, require_space, save, write_atomically
+from minirlhf.checkpoint.lock import only_writer, require_unlocked, require_writable
+from minirlhf.checkpoint.manifest import (
+    CHANGEABLE,
+    Damaged,
+    Manifest,
+    check_same,
+    plain,
+    read_json,
+    read_manifest,
+    verify,
+)
+from minirlhf.checkpoint.marker import MARKER, mark_begun, mark_finished, outputs, read_marker
+from minirlhf.checkpoint.state import Parts, expected, parts, restore
+from minirlhf.checkpoint.store import (
+    DiskFull,
+    check,
+    clean,
+    disk_full,
+    latest,
+    load,
+    require_space,
+    save,
+    write_atomically,
+)
 
 __all__ = [
+    "CHANGEABLE",
     "Damaged",
     "DiskFull",
+    "MARKER",
     "Manifest",
     "Parts",
+    "check",
     "check_same",
     "clean",
     "disk_full",
     "expected",
     "latest",
     "load",
+    "mark_begun",
+    "mark_finished",
+    "only_writer",
+    "outputs",
     "parts",
     "plain",
     "read_json",
     "read_manifest",
+    "read_marker",
     "require_space",
+    "require_unlocked",
+    "require_writable",
+    "restore",
     "save",
     "verify",
     "write_atomically",

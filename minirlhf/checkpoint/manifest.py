@@ -27,7 +27,7 @@ FILES = ("state.safetensors", "state.json")
 NAME = re.compile(r"\d{8}")
 MAX_JSON = 1 << 24  # bytes; no manifest or state.json that was written here is larger
 # What may differ between a run and its continuation: where it lives, how often it saves, memory and speed.
-CHANGEABLE = {"run", "resume", "checkpoint_every", "micro_batch_tokens", "device"}
+CHANGEABLE = {"run", "resume", "checkpoint_every", "micro_batch_tokens", "gradient_checkpointing", "device"}
 
 
 class Damaged(UserError):

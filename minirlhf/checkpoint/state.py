@@ -39,25 +39,32 @@ class Parts:
 def parts(state: object) -> Parts:
     """The parts of `state`; the tensors are the live ones, detached, the numbers are copies."""
     tensors: dict[str, Tensor] = {}
-    numbers: dict[str, Any] = {}
     for name, value in _fields(state):
         if isinstance(value, nn.Module):
             tensors |= {f"{name}.{key}": tensor.detach() for key, tensor in _tensors(value)}
         elif isinstance(value, Optimizer):
-            names = _parameter_names(state)
-            for parameter, moments in value.state.items():
-                prefix = f"{name}.{names[id(parameter)]}"
-                tensors |= {f"{prefix}.{key}": moments[key].detach() for key in MOMENTS}
-            numbers[name] = [
-                {**group, "params": [names[id(p)] for p in group["params"]]} for group in value.param_groups
-            ]
-        elif dataclasses.is_dataclass(value):
-            numbers[name] = dataclasses.asdict(value)
-        elif value is None or isinstance(value, bool | int | float | str):
-            numbers[name] = value
-        else:
-            raise TypeError(f"{type(state).__name__}.{name} is a {type(value).__name__}, which no checkpoint can hold")
-    return Parts(tensors, numbers)
+            tensors |= {key: tensor.detach() for key, tensor in _moments(state, name, value)}
+    plain = {name: value for name, value in _fields(state) if not isinstance(value, nn.Module)}
+    return Parts(tensors, {name: _plain(state, name, value) for name, value in plain.items()})
+
+
+def _plain(state: object, name: str, value: Any) -> Any:
+    """A field that is no model as JSON: an optimizer by its groups, a small dataclass by its fields."""
+    if isinstance(value, Optimizer):
+        names = _parameter_names(state)
+        return [{**group, "params": [names[id(p)] for p in group["params"]]} for group in value.param_groups]
+    if dataclasses.is_dataclass(value):
+        return dataclasses.asdict(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{type(state).__name__}.{name} is a {type(value).__name__}, which no checkpoint can hold")
+
+
+def _moments(state: object, name: str, optimizer: Optimizer) -> Iterator[tuple[str, Tensor]]:
+    """What the optimizer keeps of each parameter that it has stepped, by name."""
+    names = _parameter_names(state)
+    for parameter, moments in optimizer.state.items():
+        yield from ((f"{name}.{names[id(parameter)]}.{key}", moments[key]) for key in MOMENTS)
 
 
 def expected(state: object) -> Parts:
@@ -65,13 +72,12 @@ def expected(state: object) -> Parts:
     found = parts(state)
     tensors = {name: tensor.to("meta") for name, tensor in found.tensors.items()}
     names = _parameter_names(state)
-    for name, value in _fields(state):
-        if isinstance(value, Optimizer):
-            for parameter in itertools.chain(*(group["params"] for group in value.param_groups)):
-                prefix = f"{name}.{names[id(parameter)]}"
-                moments = {key: parameter.detach().to("meta") for key in MOMENTS}
-                moments["step"] = torch.zeros((), dtype=torch.float32, device="meta")
-                tensors |= {f"{prefix}.{key}": moment for key, moment in moments.items()}
+    optimizers = [(name, value) for name, value in _fields(state) if isinstance(value, Optimizer)]
+    pairs = [(name, p) for name, value in optimizers for group in value.param_groups for p in group["params"]]
+    for name, parameter in pairs:
+        moments = {key: parameter.detach().to("meta") for key in MOMENTS}
+        moments["step"] = torch.zeros((), dtype=torch.float32, device="meta")
+        tensors |= {f"{name}.{names[id(parameter)]}.{key}": moment for key, moment in moments.items()}
     return Parts(tensors, found.numbers)
 
 
@@ -94,27 +100,36 @@ def restore(state: object, stored: Parts) -> None:
     names = _parameter_names(state)
     for name, value in _fields(state):
         if isinstance(value, nn.Module):
-            for key, tensor in _tensors(value):
-                tensor.copy_(stored.tensors[f"{name}.{key}"])
+            _restore_model(value, name, stored)
         elif isinstance(value, Optimizer):
             _restore_optimizer(value, name, stored, names)
         elif dataclasses.is_dataclass(value):
-            for key, number in stored.numbers[name].items():
-                setattr(value, key, number)
+            vars(value).update(stored.numbers[name])
         else:
             setattr(state, name, stored.numbers[name])
 
 
+def _restore_model(model: nn.Module, name: str, stored: Parts) -> None:
+    for key, tensor in _tensors(model):
+        tensor.copy_(stored.tensors[f"{name}.{key}"])
+
+
 def _restore_optimizer(optimizer: Optimizer, name: str, stored: Parts, names: dict[int, str]) -> None:
-    """Through the optimizer's own load_state_dict, which numbers parameters in the order of the groups."""
-    moments, groups, count = {}, [], 0
-    for group, saved in zip(optimizer.param_groups, stored.numbers[name], strict=True):
-        numbers = range(count, count + len(group["params"]))
-        count += len(numbers)
-        for number, parameter in zip(numbers, group["params"], strict=True):
-            prefix = f"{name}.{names[id(parameter)]}"
+    """Through the optimizer's own load_state_dict, which numbers parameters in the order of the groups.
+
+    A parameter that had not been stepped has nothing stored.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {}
+    for number, parameter in enumerate(parameters):
+        prefix = f"{name}.{names[id(parameter)]}"
+        if f"{prefix}.{MOMENTS[0]}" in stored.tensors:
             moments[number] = {key: stored.tensors[f"{prefix}.{key}"] for key in MOMENTS}
-        groups.append({**saved, "betas": tuple(saved["betas"]), "params": list(numbers)})
+    numbers = iter(range(len(parameters)))
+    groups = [
+        {**saved, "betas": tuple(saved["betas"]), "params": [next(numbers) for _ in group["params"]]}
+        for group, saved in zip(optimizer.param_groups, stored.numbers[name], strict=True)
+    ]
     optimizer.load_state_dict({"state": moments, "param_groups": groups})
 
 

@@ -182,6 +182,20 @@ def latest(root: Path) -> Path | None:
     return root / name
 
 
+def check(folder: Path, *, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> None:
+    """Raise UserError unless the checkpoint in `folder` is of this stage, with these settings and inputs.
+
+    It reads the manifest alone, so that a run which cannot go on says so before any weights are read.
+    """
+    try:
+        manifest = read_manifest(folder)
+        if manifest.stage != stage:
+            raise Damaged(f"{folder / 'manifest.json'}: is of the stage {manifest.stage!r}, not of {stage!r}")
+        check_same(folder, vars(manifest), config, inputs)
+    except Damaged as error:
+        raise Damaged(f"{error}; {_offer(folder.parent, folder)}") from error
+
+
 def load(folder: Path, state: object, *, stage: str, config: Mapping[str, Any], inputs: Mapping[str, str]) -> Manifest:
     """Fill `state` (a dataclass, see `parts`) from the checkpoint in `folder`.
 
@@ -189,11 +203,9 @@ def load(folder: Path, state: object, *, stage: str, config: Mapping[str, Any], 
     Raises UserError in one line that names the file, and the newest other checkpoint that is whole. Everything is
     checked before anything is changed: after an error `state` is what it was.
     """
+    check(folder, stage=stage, config=config, inputs=inputs)
     try:
         manifest = verify(folder)
-        if manifest.stage != stage:
-            raise Damaged(f"{folder / 'manifest.json'}: is of the stage {manifest.stage!r}, not of {stage!r}")
-        check_same(folder, vars(manifest), config, inputs)
         stored = _read_parts(folder, expected(state))
     except Damaged as error:
         raise Damaged(f"{error}; {_offer(folder.parent, folder)}") from error

@@ -1,0 +1,257 @@
+"""Does a reward model know how sure it may be? Predicted probabilities beside what people chose.
+
+    python -m minirlhf.calibration                      # the comparisons that train_reward.py held out
+    python -m minirlhf.calibration --comparisons other.jsonl --model runs/tiny/reward/model
+
+The model predicts that the better-scored of two answers is preferred with probability sigmoid(|r_1 - r_2|), between 1/2
+and 1. In each of ten bins of that confidence this is compared with how often it was:
+
+    ECE = sum_b (n_b / N) |accuracy_b - confidence_b|            the expected calibration error; Guo et al. 2017, eq. 3
+
+Also accuracy by margin, by difference in length and by the sources of the answers. Writes <run>/calibration.json and
+.png. Trap: scores are saved with mean 0 and deviation 1, while the probability is that of the scores as trained; their
+deviation from `normalisation.json` beside the model undoes it. Pairs of one prompt are not independent, so the
+differences between bins are less sure than their counts suggest.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import tiktoken
+
+from minirlhf import data, tokenizer
+from minirlhf.hub import model_folder
+from minirlhf.metrics import write_json
+from minirlhf.reward import RewardModel
+from minirlhf.rollout import over_micro_batches
+from minirlhf.runtime import UserError, require, resolve_device, run_script
+from minirlhf.settings import Count, Positive, Settings
+
+BINS = 10
+LENGTHS = (-5, 0, 1, 6)  # tokens by which the better answer is longer: under -5, -5 to -1, 0, 1 to 5, 6 and more
+SETTINGS = (
+    "comparisons",
+    "split",
+    "columns",
+    "validation_share",
+    "seed",
+)  # of train_reward.py, which say what it held out
+
+
+@dataclass
+class Config(Settings):
+    run: Path = Path("runs/tiny")
+    """Folder of the run; writes `<run>/calibration.json` and `.png`."""
+    model: str | None = None
+    """Folder or hub name of the reward model, by default `<run>/reward/model`."""
+    comparisons: str | None = None
+    """Rankings or pairs to measure on, all of them; by default those that training `<run>/reward` held out."""
+    split: str = ""
+    """Part of `comparisons`."""
+    columns: tuple[str, ...] = ()
+    """Fields with other names, as ours=theirs."""
+    scale: Positive | None = None
+    """Deviation of the scores as trained; by default from `normalisation.json` beside the model's folder."""
+    micro_batch_tokens: Count = 8192
+    """Padded tokens a forward pass."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+
+
+PRESETS = {"calibration": Config()}
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """N pairs of which people preferred the first.
+
+    margins  (N,) its score less the other's, in nats: sigmoid of it is the predicted probability
+    longer   (N,) tokens by which it is longer
+    sources  the sources of the two, in alphabetical order, "" where they are not known
+    """
+
+    margins: np.ndarray
+    longer: np.ndarray
+    sources: list[str]
+
+    @property
+    def correct(self) -> np.ndarray:
+        """(N,) 1 where the model agrees, 1/2 where it scores both alike."""
+        return (self.margins > 0) + 0.5 * (self.margins == 0)
+
+    @property
+    def confidence(self) -> np.ndarray:
+        """(N,) the probability of the side that the model takes, from 1/2 to 1."""
+        return 1 / (1 + np.exp(-np.abs(self.margins)))
+
+
+def score_pairs(
+    model: RewardModel,
+    encoding: tiktoken.Encoding,
+    records: Sequence[data.Record],
+    *,
+    scale: float,
+    max_tokens: int,
+) -> Pairs:
+    """All pairs of the records, scored. Responses that do not fit the model are left out with their pairs."""
+    encoded = [data.encode_comparison(encoding, record, max_length=model.gpt.config.n_positions) for record in records]
+    kept = [(record, c) for record, c in zip(records, encoded, strict=True) if c is not None]
+    require(len(kept) > 0, "no pair of these comparisons can be compared by this model")
+    batch = data.pad([e for _, c in kept for e in c.examples]).to(model.score.weight.device)
+    scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), batch, max_tokens).double().cpu().numpy()
+    margins, longer, sources, start = [], [], [], 0
+    for record, comparison in kept:
+        names = record.get("sources", [])
+        known = len(names) == len(comparison.examples)
+        for better, worse in comparison.pairs:
+            lengths = [len(comparison.examples[i].response_ids) for i in (better, worse)]
+            margins.append(scale * (scores[start + better] - scores[start + worse]))
+            longer.append(lengths[0] - lengths[1])
+            sources.append(" and ".join(sorted((names[better], names[worse]))) if known else "")
+        start += len(comparison.examples)
+    return Pairs(np.array(margins), np.array(longer), sources)
+
+
+def bins_of(pairs: Pairs, count: int = BINS) -> list[dict[str, float]]:
+    """Bins of equal width of the confidence, from 1/2 to 1; empty ones are left out."""
+    place = np.minimum(((pairs.confidence - 0.5) * 2 * count).astype(int), count - 1)
+    return [
+        {
+            "from": 0.5 + b / (2 * count),
+            "pairs": int((place == b).sum()),
+            "confidence": float(pairs.confidence[place == b].mean()),
+            "accuracy": float(pairs.correct[place == b].mean()),
+        }
+        for b in range(count)
+        if (place == b).any()
+    ]
+
+
+def expected_calibration_error(bins: Sequence[dict[str, float]]) -> float:
+    """sum_b (n_b / N) |accuracy_b - confidence_b| over the bins of `bins_of`; 0 is perfect, 1/2 the worst."""
+    total = sum(b["pairs"] for b in bins)
+    return sum(b["pairs"] / total * abs(b["accuracy"] - b["confidence"]) for b in bins)
+
+
+def summarise(pairs: Pairs) -> dict[str, Any]:
+    """All figures as plain values."""
+    bins = bins_of(pairs)
+    thirds = np.array_split(np.argsort(np.abs(pairs.margins), kind="stable"), 3)
+    edges = [-math.inf, *LENGTHS, math.inf]
+    names = ["shorter by 6 or more", "shorter by 1 to 5", "equally long", "longer by 1 to 5", "longer by 6 or more"]
+    by_length = {
+        name: np.flatnonzero((pairs.longer >= low) & (pairs.longer < high))
+        for name, low, high in zip(names, edges, edges[1:], strict=False)
+    }
+    known = sorted(set(pairs.sources) - {""})
+    by_source = {name: np.flatnonzero(np.array(pairs.sources) == name) for name in known}
+    return {
+        "pairs": len(pairs.margins),
+        "accuracy": float(pairs.correct.mean()),
+        "loss": float(np.logaddexp(0, -pairs.margins).mean()),
+        "expected_calibration_error": expected_calibration_error(bins),
+        "bins": bins,
+        "by_margin": _accuracies(pairs, dict(zip(("small", "medium", "large"), thirds, strict=True))),
+        "by_length_of_the_better": _accuracies(pairs, by_length),
+        "by_sources": _accuracies(pairs, by_source),
+    }
+
+
+def _accuracies(pairs: Pairs, groups: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
+    return {
+        name: {"pairs": len(rows), "accuracy": float(pairs.correct[rows].mean())}
+        for name, rows in groups.items()
+        if len(rows)
+    }
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The summary as text."""
+    lines = [
+        f"{summary['pairs']} pairs: accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f}, "
+        f"expected calibration error {summary['expected_calibration_error']:.3f}",
+        "",
+        f"{'confidence':<24}{'pairs':>7}{'predicted':>11}{'accuracy':>10}",
+    ]
+    for b in summary["bins"]:
+        name = f"{b['from']:.2f} to {b['from'] + 0.5 / BINS:.2f}"
+        lines.append(f"{name:<24}{b['pairs']:>7}{b['confidence']:>11.1%}{b['accuracy']:>10.1%}")
+    for title, key in (
+        ("margin", "by_margin"),
+        ("the better answer is", "by_length_of_the_better"),
+        ("answers from", "by_sources"),
+    ):
+        if summary[key]:
+            lines += ["", f"{title:<24}{'pairs':>7}{'accuracy':>21}"]
+            lines += [f"{name:<24}{row['pairs']:>7}{row['accuracy']:>21.1%}" for name, row in summary[key].items()]
+    return "\n".join(lines)
+
+
+def plot(summary: dict[str, Any], path: Path) -> None:
+    """Accuracy against confidence, with the diagonal of a calibrated model, and how many pairs each bin has."""
+    from matplotlib import pyplot
+
+    width = 0.5 / BINS
+    middles = [b["from"] + width / 2 for b in summary["bins"]]
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(4.6, 5.4), sharex=True, gridspec_kw={"height_ratios": (3, 1)}
+    )
+    above.plot([0.5, 1], [0.5, 1], color="grey", linestyle="--", label="calibrated")
+    above.plot([b["confidence"] for b in summary["bins"]], [b["accuracy"] for b in summary["bins"]], marker="o")
+    above.set_ylabel("accuracy")
+    above.set_title(f"expected calibration error {summary['expected_calibration_error']:.3f}")
+    above.legend()
+    below.bar(middles, [b["pairs"] for b in summary["bins"]], width=width * 0.9)
+    below.set_xlabel("predicted probability of the side that the model takes")
+    below.set_ylabel("pairs")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def held_out_records(run: Path) -> list[data.Record]:
+    """The comparisons that training <run>/reward held out, as its run.json says."""
+    path = run / "reward" / "run.json"
+    require(path.is_file(), f"{path}: no such file; train with train_reward.py, or give --comparisons")
+    settings = json.loads(path.read_text(encoding="utf-8"))["config"]
+    comparisons, split, columns, share, seed = (settings[name] for name in SETTINGS)
+    records = data.load(comparisons or run / "feedback" / "rankings.jsonl", "pairs", split=split, columns=columns)
+    return data.split_by_prompt(records, share=share, seed=seed)[1]
+
+
+def scale_of(folder: Path) -> float:
+    """Deviation of a saved reward model's scores as trained; raises UserError where nothing says it."""
+    path = folder.parent / "normalisation.json"
+    if not path.is_file():
+        raise UserError(f"{path}: no such file; give --scale, the deviation of the scores as trained")
+    return json.loads(path.read_text(encoding="utf-8"))["before"]["std"]
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Measure, write and print; returns the summary."""
+    folder = model_folder(config.model or config.run / "reward" / "model")
+    scale = config.scale or scale_of(folder)
+    if config.comparisons:
+        records = data.load(config.comparisons, "pairs", split=config.split, columns=config.columns)
+    else:
+        records = held_out_records(config.run)
+    model = RewardModel.from_pretrained(folder).to(resolve_device(config.device)).eval().requires_grad_(False)
+    encoding = tokenizer.load(folder)
+    tokenizer.check_fits(encoding, model.gpt.config.vocab_size, folder)
+    summary = summarise(score_pairs(model, encoding, records, scale=scale, max_tokens=config.micro_batch_tokens))
+    config.run.mkdir(parents=True, exist_ok=True)
+    write_json(config.run / "calibration.json", summary)
+    plot(summary, config.run / "calibration.png")
+    print(table(summary))
+    return summary
+
+
+if __name__ == "__main__":
+    run_script(main, PRESETS)

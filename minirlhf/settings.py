@@ -1,0 +1,127 @@
+"""Settings that cannot hold nonsense: every number of a configuration declares its range, and is checked at once.
+
+    @dataclass
+    class Config(Settings):
+        learning_rate: NotNegative = 3e-3
+        kl_target: Positive | None = None
+
+A numeric field without a range is a TypeError as soon as the class is used, so none can be forgotten. Nothing that is
+outside its range gets as far as a script's `main`. Where two settings must fit each other, `main` says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from minirlhf.runtime import UserError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`. An infinite bound is never reached, and nan is in no range.
+
+    above  True where `low` itself is not allowed;  below  the same for `high`
+    """
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    below: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        lower = self.low < value if self.above else self.low <= value
+        upper = value < self.high if self.below else value <= self.high
+        return lower and upper and math.isfinite(value)
+
+    def __str__(self) -> str:
+        low, high = (f"{bound:g}" if abs(bound) < 2**53 else f"{bound}" for bound in (self.low, self.high))
+        words = [f"{'above' if self.above else 'at least'} {low}"] if math.isfinite(self.low) else []
+        words += [f"{'below' if self.below else 'at most'} {high}"] if math.isfinite(self.high) else []
+        return " and ".join(words) or "finite"
+
+
+@dataclass(frozen=True)
+class Name:
+    """Names of a folder within the run that are not those of a stage which others read."""
+
+    taken: tuple[str, ...] = ("sft", "feedback", "labels", "reward")
+
+    def __contains__(self, value: str) -> bool:
+        return re.fullmatch(r"\w[\w.-]*", value) is not None and value not in self.taken
+
+    def __str__(self) -> str:
+        return f"a name of letters, digits, '.', '-' and '_', and none of {', '.join(self.taken)}"
+
+
+Count = Annotated[int, Range(low=1)]
+AtLeastTwo = Annotated[int, Range(low=2)]
+Steps = Annotated[int, Range(low=0)]
+Seed = Annotated[int, Range(low=0, high=2**63 - 1)]
+Positive = Annotated[float, Range(low=0, above=True)]
+NotNegative = Annotated[float, Range(low=0)]
+Finite = Annotated[float, Range()]
+Fraction = Annotated[float, Range(low=0, high=1)]
+Share = Annotated[float, Range(low=0, high=1, above=True, below=True)]  # of data that is divided: neither none nor all
+Smoothing = Annotated[float, Range(low=0, high=0.5)]
+Port = Annotated[int, Range(low=0, high=65_535)]  # 0 takes a free one
+FolderName = Annotated[str, Name()]
+TokenBudget = Count | Literal["auto"]
+
+
+class Settings:
+    """Base of every configuration: raises UserError that names the flag where a value is not one its field allows."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in field_ranges(type(self)).items():
+            value = getattr(self, name)
+            for part in value if isinstance(value, tuple) else (value,):
+                _check(name, part, allowed)
+        for field in dataclasses.fields(self):
+            blank = isinstance(getattr(self, field.name), str) and not getattr(self, field.name).strip()
+            if blank and field.default is None:
+                raise UserError(f"{flag(field.name)}: is blank; leave it out for the default")
+
+
+def _check(name: str, value: object, allowed: Range | Name) -> None:
+    if value is None or (isinstance(value, str) and isinstance(allowed, Range)) or value in allowed:
+        return  # None and words such as `auto` stand beside the numbers
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    raise UserError(f"{flag(name)} {value}: must be {'a finite number' if infinite else allowed}")
+
+
+def flag(name: str) -> str:
+    """A field's name on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+@functools.cache
+def field_ranges(config: type) -> dict[str, Range | Name]:
+    """What the fields of a configuration allow; raises TypeError where a numeric one does not say."""
+    hints = typing.get_type_hints(config, include_extras=True)
+    found: dict[str, Range | Name] = {}
+    for field in dataclasses.fields(config):
+        for kind, allowed in _declared(hints[field.name]):
+            if allowed is None:
+                raise TypeError(f"{config.__name__}.{field.name} is {kind.__name__} and declares no range")
+            found[field.name] = allowed
+    return found
+
+
+def _declared(hint: Any) -> Iterator[tuple[type, Range | Name | None]]:
+    """The types within a type that are numbers or declare what they allow, e.g. float in `tuple[float, ...]`."""
+    if typing.get_origin(hint) is Annotated:
+        kind, *notes = typing.get_args(hint)
+        known = [note for note in notes if isinstance(note, Range | Name)]
+        yield from ((kind, note) for note in known) if known else _declared(kind)
+    elif hint in (int, float):
+        yield hint, None
+    elif typing.get_origin(hint) is not Literal:
+        for part in typing.get_args(hint):
+            yield from _declared(part)
