@@ -2,10 +2,11 @@
 
     python -m minirlhf.feedback             # after train_sft.py; writes <run>/feedback/rankings.jsonl
 
-With real people it goes in steps, each a command (`--help` after its name tells more):
+With real people or judges it goes in steps, each a command (`--help` after its name tells more):
 
     python -m minirlhf.feedback collect     # several answers to each prompt
     python -m minirlhf.feedback label       # compare them by hand, in the terminal or on a page
+    python -m minirlhf.feedback label --by reward-model     # or simulated, judge-model, endpoint: by machine
     python -m minirlhf.feedback export      # or in Label Studio, and `import` what people chose there
     python -m minirlhf.feedback stats       # what the labels are worth
     python -m minirlhf.feedback pairs       # labels to training data
@@ -22,17 +23,28 @@ from pathlib import Path
 from typing import Literal
 
 from minirlhf import data, tokenizer
-from minirlhf.feedback import candidates, label, label_studio, pairs, stats
+from minirlhf.feedback import (
+    candidates,
+    endpoint_judge,
+    judge_model,
+    label,
+    label_studio,
+    pairs,
+    reward_labeller,
+    simulated,
+    stats,
+)
 from minirlhf.feedback.collect import collect, reencoded_differently
-from minirlhf.metrics import file_hash
+from minirlhf.metrics import source_hash
 from minirlhf.model import GPT
 from minirlhf.runtime import project_file, require, resolve_device, run_script
+from minirlhf.settings import Count, Finite, Fraction, NotNegative, Seed, Settings
 from minirlhf.stage import Stage
 from minirlhf.world import TEMPERATURE, Labeller, judge
 
 
 @dataclass
-class Config:
+class Config(Settings):
     preset: Literal["tiny"] = "tiny"
     """Set of defaults; the simulated labeller knows the embedded world alone."""
     run: Path = Path("runs/tiny")
@@ -41,23 +53,23 @@ class Config:
     """Folder of the model that answers, by default `<run>/sft/model`."""
     prompts: Path = project_file("world", "prompts.train.jsonl")
     """JSONL file of prompts."""
-    max_prompts: int = 4096
+    max_prompts: Count = 4096
     """Use at most this many prompts, from the start of the file."""
-    candidates: int = 4
+    candidates: Count = 4
     """Answers sampled for each prompt; equal ones are kept once."""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """Length limit of an answer in tokens."""
-    temperature: float = 1.0
+    temperature: NotNegative = 1.0
     """Sampling temperature; higher gives more varied candidates."""
-    labeller_temperature: float = TEMPERATURE
+    labeller_temperature: NotNegative = TEMPERATURE
     """Of the simulated labeller, in units of the judge's score: 0 always prefers the better answer."""
-    noise: float = 0.0
-    """Probability that the labeller ranks at random."""
-    length_bias: float = 0.0
+    noise: Fraction = 0.0
+    """Probability that the labeller reverses a ranking."""
+    length_bias: Finite = 0.0
     """What a word more adds to an answer's score in the labeller's eyes."""
     resume: bool = False
     """Leave a finished stage as it is; an unfinished one starts again."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the answers and of the labeller."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to sample; auto takes a GPU where there is one."""
@@ -79,12 +91,6 @@ def main(config: Config) -> Path:
     encoding = tokenizer.load(folder)
     policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
     tokenizer.check_fits(encoding, policy.config.vocab_size, folder)
-    labeller = Labeller(
-        temperature=config.labeller_temperature,
-        noise=config.noise,
-        length_bias=config.length_bias,
-        seed=config.seed,
-    )
 
     with stage.begin(None, steps=1):
         records = collect(
@@ -96,24 +102,26 @@ def main(config: Config) -> Path:
             temperature=config.temperature,
             seed=config.seed,
         )
-        provenance = {
-            "labeller": "simulated",
-            "seed": config.seed,
-            "policy": file_hash(folder / "model.safetensors"),
-            "temperature": config.temperature,
-        }
-        for number, record in enumerate(records):
-            record["ranks"] = labeller.rank(record["prompt"], record["responses"], key=number)
-            record |= provenance
-        rankings = [r for r in records if len(r["responses"]) >= 2]
-        data.write_records(output, rankings)
+        rank(records, config, source_hash(folder))
+        data.write_records(output, [r for r in records if len(r["responses"]) >= 2])
         tokens = sum(len(ids) for r in records for ids in r["response_ids"])
-        stage.finish(
-            0,
-            {**statistics(records), "reencoded_differently": sum(reencoded_differently(encoding, r) for r in records)},
-            tokens=tokens,
-        )
+        reencoded = sum(reencoded_differently(encoding, r) for r in records)
+        stage.finish(0, {**statistics(records), "reencoded_differently": reencoded}, tokens=tokens)
     return output
+
+
+def rank(records: list[data.Record], config: Config, policy: str) -> None:
+    """Let the simulated labeller rank the responses of each record; ranks and provenance go into the record."""
+    labeller = Labeller(config.labeller_temperature, config.noise, config.length_bias, config.seed)
+    provenance = {
+        "labeller": "simulated",
+        "seed": config.seed,
+        "policy": policy,
+        "temperature": config.temperature,
+    }
+    for number, record in enumerate(records):
+        record["ranks"] = labeller.rank(record["prompt"], record["responses"], key=number)
+        record |= provenance
 
 
 def statistics(records: list[data.Record]) -> dict:
@@ -138,6 +146,10 @@ def statistics(records: list[data.Record]) -> dict:
 COMMANDS = {
     "collect": (candidates.main, candidates.PRESETS, candidates.__doc__),
     "label": (label.main, label.PRESETS, label.__doc__),
+    "label --by simulated": (simulated.main, simulated.PRESETS, simulated.__doc__),
+    "label --by reward-model": (reward_labeller.main, reward_labeller.PRESETS, reward_labeller.__doc__),
+    "label --by judge-model": (judge_model.main, judge_model.PRESETS, judge_model.__doc__),
+    "label --by endpoint": (endpoint_judge.main, endpoint_judge.PRESETS, endpoint_judge.__doc__),
     "export": (label_studio.export_tasks, label_studio.EXPORT, label_studio.__doc__),
     "import": (label_studio.import_labels, label_studio.IMPORT, label_studio.__doc__),
     "stats": (stats.main, stats.PRESETS, stats.__doc__),
@@ -145,13 +157,25 @@ COMMANDS = {
 }
 
 
+def take_command(arguments: list[str]) -> str:
+    """Take the name of a command, `--by NAME` included, out of the arguments; "" where they begin with a flag."""
+    if not arguments or arguments[0].startswith("-"):
+        return ""
+    name, known = arguments.pop(0), [command for command in COMMANDS if " --by " not in command]
+    by = next((i for i, a in enumerate(arguments) if a == "--by" or a.startswith("--by=")), None)
+    if by is not None:
+        flag = arguments.pop(by)
+        value = flag.removeprefix("--by=") if flag != "--by" else arguments.pop(by) if by < len(arguments) else ""
+        name, known = f"{name} --by {value}", [command for command in COMMANDS if " --by " in command]
+    if name not in COMMANDS:
+        print(f"error: {name}: not one of {', '.join(known)}", file=sys.stderr)
+        sys.exit(2)
+    return name
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] and not sys.argv[1].startswith("-"):
-        name = sys.argv.pop(1)
-        if name not in COMMANDS:
-            print(f"error: {name}: not one of {', '.join(COMMANDS)}", file=sys.stderr)
-            sys.exit(2)
-        command, presets, __doc__ = COMMANDS[name]
-        run_script(command, presets)
-    else:
-        run_script(main, PRESETS)
+    arguments = sys.argv[1:]
+    name = take_command(arguments)
+    sys.argv[1:] = arguments
+    command, presets, __doc__ = COMMANDS[name] if name else (main, PRESETS, __doc__)
+    run_script(command, presets)

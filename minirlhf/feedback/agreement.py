@@ -86,6 +86,43 @@ def self_agreement(labels: Sequence[Label]) -> dict[str, Share]:
     return {name: Share(count[True], count.total()) for name, count in sorted(same.items())}
 
 
+@dataclass(frozen=True)
+class OrderBias:
+    """A judge that was asked every pair in both orders.
+
+    first           mean probability that the one read first is better; 1/2 without a liking for a place
+    contradictions  pairs on which the two orders say different things
+    """
+
+    labeller: str
+    first: float
+    contradictions: Share
+
+    def __str__(self) -> str:
+        low, high = self.contradictions.interval
+        return (
+            f"{self.labeller} gives the one it reads first a probability of {self.first:.3f} on average; its two "
+            f"orders contradict each other in {self.contradictions.mean:.1%} ({low:.1%} to {high:.1%}) of "
+            f"{self.contradictions.of} pairs"
+        )
+
+
+def order_bias(labels: Sequence[Label]) -> dict[str, OrderBias]:
+    """What the order of reading does to each judge's verdicts, before its two orders are averaged."""
+    asked: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for label in labels:
+        if label.orders is not None:
+            asked[label.labeller].append(label.orders)
+    return {
+        name: OrderBias(
+            name,
+            sum(map(sum, orders)) / (2 * len(orders)),
+            Share(sum((one - 0.5) * (other - 0.5) > 0 for one, other in orders), len(orders)),
+        )
+        for name, orders in sorted(asked.items())
+    }
+
+
 def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> float:
     """Agreement of two labellers beyond chance: 1 is perfect, 0 what two with these habits would have by chance.
 

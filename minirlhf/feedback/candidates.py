@@ -30,31 +30,32 @@ from minirlhf.hub import model_folder
 from minirlhf.metrics import source_hash
 from minirlhf.model import GPT
 from minirlhf.runtime import Stream, project_file, require, resolve_device
+from minirlhf.settings import Count, NotNegative, Seed, Settings
 
 
 @dataclass
-class Config:
+class Config(Settings):
     run: Path = Path("runs/tiny")
     """Folder of the run; writes `<run>/labels/candidates.jsonl`."""
     policies: tuple[str, ...] = ()
     """Folders or hub names of the models that answer, with one tokenizer; by default `<run>/sft/model`."""
-    temperatures: tuple[float, ...] = (0.7, 1.0, 1.3)
+    temperatures: tuple[NotNegative, ...] = (0.7, 1.0, 1.3)
     """Sampling temperatures; several give more varied candidates."""
     prompts: str = str(project_file("world", "prompts.train.jsonl"))
     """Prompts: a file of any known format, or a hub name."""
     split: str = ""
     """Part of `prompts`, e.g. [:100]."""
-    max_prompts: int = 200
+    max_prompts: Count = 200
     """Use at most this many prompts, from the start."""
-    candidates: int = 4
+    candidates: Count = 4
     """Different answers to collect for each prompt."""
-    rounds: int = 3
+    rounds: Count = 3
     """Draws of so many answers at most; a prompt with enough different ones is not asked again."""
-    max_new_tokens: int = 32
+    max_new_tokens: Count = 32
     """Length limit of an answer in tokens."""
     output: Path | None = None
     """File to write, by default `<run>/labels/candidates.jsonl`; an existing one is never overwritten."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the answers."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to sample; auto takes a GPU where there is one."""

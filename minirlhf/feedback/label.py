@@ -3,6 +3,7 @@
     python -m minirlhf.feedback label                  # in the terminal, a key a label
     python -m minirlhf.feedback label --page           # prints the address of a page on this machine
     python -m minirlhf.feedback label --mode rankings  # order all answers to a prompt, best first
+    python -m minirlhf.feedback label --by NAME        # by machine: simulated, reward-model, judge-model, endpoint
 
 Every label is on the disk before the next question appears: stop whenever you like, and start again to go on. Which
 answer is on the left is drawn at random and kept with the label. One item in ten is asked a second time.
@@ -20,10 +21,11 @@ from minirlhf.feedback.session import Session
 from minirlhf.feedback.tasks import Mode, make_tasks
 from minirlhf.feedback.terminal import label_in_terminal
 from minirlhf.runtime import require
+from minirlhf.settings import Count, Fraction, Port, Seed, Settings
 
 
 @dataclass
-class Config:
+class Config(Settings):
     run: Path = Path("runs/tiny")
     """Folder of the run; reads and writes `<run>/labels`."""
     candidates: Path | None = None
@@ -34,15 +36,15 @@ class Config:
     """Your name in the labels; each name has an order and a progress of its own."""
     mode: Mode = "pairs"
     """`pairs` of answers, or `rankings` of all answers to a prompt."""
-    pairs_per_prompt: int = 1
+    pairs_per_prompt: Count = 1
     """Pairs asked about each prompt. More prompts teach more than more pairs of one."""
-    repeats: float = 0.1
+    repeats: Fraction = 0.1
     """Share of the items asked a second time, to measure self-agreement."""
     page: bool = False
     """Serve a page on 127.0.0.1 instead of asking in the terminal."""
-    port: int = 0
+    port: Port = 0
     """Port of the page; 0 takes a free one."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order of tasks and answers."""
 
 

@@ -35,26 +35,27 @@ from minirlhf.feedback.candidates import read_candidates
 from minirlhf.feedback.labels import Label, parse_label, ranks_of
 from minirlhf.feedback.tasks import Task, make_tasks
 from minirlhf.runtime import require
+from minirlhf.settings import Count, Seed, Settings
 
 LAYOUTS = [form for form in FORMATS if form.name.startswith("Label Studio")]
 
 
 @dataclass
-class ExportConfig:
+class ExportConfig(Settings):
     run: Path = Path("runs/tiny")
     """Folder of the run; reads and writes `<run>/labels`."""
     candidates: Path | None = None
     """Candidates, by default `<run>/labels/candidates.jsonl`."""
     output: Path | None = None
     """File to write, by default `<run>/labels/label-studio.json`; an existing one is never overwritten."""
-    pairs_per_prompt: int = 1
+    pairs_per_prompt: Count = 1
     """Pairs asked about each prompt."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the choice of pairs, of their order, and of which answer is on the left."""
 
 
 @dataclass
-class ImportConfig:
+class ImportConfig(Settings):
     run: Path = Path("runs/tiny")
     """Folder of the run; writes into `<run>/labels`."""
     export: Path | None = None

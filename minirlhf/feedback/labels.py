@@ -7,6 +7,8 @@ A line is a ranking record as training reads it (`prompt`, `responses`, `ranks`:
     shown           positions of the responses in the order of display: shown[0] was on the left, or first
     repeat          asked a second time, to measure how often labellers agree with themselves
     item            names prompt and responses, in whatever order they come
+    scores          by which a reward model ranked, in the order of the responses
+    orders          a judge's probability that the one it read first is better, as displayed and in reverse order
     note, seconds, sources, response_ids        where there are any
 
 so `train_reward.py --comparisons labels.jsonl` works as it is; a tie, bad or skip has equal ranks and trains nothing.
@@ -42,6 +44,8 @@ class Label:
     seconds: float | None = None
     sources: tuple[str, ...] | None = None
     response_ids: tuple[list[int], ...] | None = None
+    scores: tuple[float, ...] | None = None
+    orders: tuple[float, float] | None = None
 
     @property
     def item(self) -> str:
@@ -95,6 +99,8 @@ def parse_label(row: lines.Row) -> Label:
         seconds=lines.number_of(row, "seconds"),
         sources=lines.texts_of(row, "sources", count=count) if "sources" in row else None,
         response_ids=lines.response_ids_of(row, count),
+        scores=lines.numbers_of(row, "scores", count=count) if "scores" in row else None,
+        orders=lines.shares_of(row, "orders", count=2) if "orders" in row else None,
     )
     if row.get("item", label.item) != label.item:
         raise BadRow(f"'item' is {row['item']!r}, but this prompt and these responses are {label.item!r}")

@@ -66,6 +66,22 @@ def whole_numbers(row: Row, name: str, *, count: int) -> tuple[int, ...]:
     return tuple(values)
 
 
+def numbers_of(row: Row, name: str, *, count: int) -> tuple[float, ...]:
+    """A list of `count` finite numbers; raises BadRow."""
+    values = list_of(row, name, count=count)
+    if not all(type(value) in (int, float) and math.isfinite(value) for value in values):
+        raise BadRow(f"{name!r} must be numbers")
+    return tuple(values)
+
+
+def shares_of(row: Row, name: str, *, count: int) -> tuple[float, ...]:
+    """A list of `count` numbers from 0 to 1; raises BadRow."""
+    values = numbers_of(row, name, count=count)
+    if not all(0 <= value <= 1 for value in values):
+        raise BadRow(f"{name!r} must be probabilities, from 0 to 1")
+    return values
+
+
 def responses_of(row: Row) -> tuple[str, ...]:
     """The responses of a record: at least two, no two alike; raises BadRow."""
     responses = texts_of(row, "responses")

@@ -8,8 +8,8 @@ Each labeller's first label of an item counts; skips and repeats do not. A recor
 become a ranking where every pair of a prompt's responses was labelled and no labels contradict each other; else they
 stay records of two, because equal ranks would claim a tie that nobody saw.
 
-Left out: ties modelled (`bradley_terry.davidson_loss`) and whole rankings (`plackett_luce_loss`). The records hold
-what both need, but the training scripts have no setting for them yet.
+`train_reward.py` learns whole rankings and models ties from the same records, where they were kept (`--objective`,
+`--ties`); ties that count half can be written out here for `train_dpo.py`, which has no such setting.
 """
 
 from __future__ import annotations
@@ -23,29 +23,32 @@ from typing import Literal
 
 from minirlhf import data
 from minirlhf.feedback.agreement import first_labels
+from minirlhf.feedback.judge_model import worked_comparisons
 from minirlhf.feedback.labels import Label, read_labels
 from minirlhf.runtime import require
+from minirlhf.settings import Fraction, Seed, Settings
 
-Ties = Literal["drop", "half"]
-Form = Literal["rankings", "best"]
+Ties = Literal["drop", "half", "keep"]
+Form = Literal["rankings", "best", "verdicts"]
 
 
 @dataclass
-class Config:
+class Config(Settings):
     run: Path = Path("runs/tiny")
     """Folder of the run; reads and writes `<run>/labels`."""
     labels: tuple[Path, ...] = ()
     """Files of labels, by default `<run>/labels/labels.jsonl`."""
     form: Form = "rankings"
-    """`rankings` give all pairs of a prompt; `best` only those of the best against each other one."""
+    """`rankings` give all pairs of a prompt; `best` only those of the best against each other one; `verdicts` are
+    worked comparisons from which `train_sft.py` trains a judge (`label --by judge-model`)."""
     ties: Ties = "drop"
-    """`drop` learns nothing from ties; `half` counts a tie as half a win each way, by writing every record twice and a
-    tie once each way: train for half the epochs then."""
-    held_out_share: float = 0.0
+    """`drop` learns nothing from ties; `keep` leaves them to `train_reward.py --ties`; `half` counts a tie as half a
+    win each way, by writing every record twice and a tie once each way: train for half the epochs then."""
+    held_out_share: Fraction = 0.0
     """Share of the prompts whose records go to `held-out.jsonl`, for measuring; training never sees them."""
     output: Path | None = None
     """File to write, by default `<run>/labels/comparisons.jsonl`; made anew each time."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split."""
 
 
@@ -55,7 +58,7 @@ PRESETS = {"pairs": Config()}
 def main(config: Config) -> Path:
     """Write the records; returns the file to train from."""
     share = config.held_out_share
-    require(0 <= share < 1, f"--held-out-share {share}: must be 0 or more and less than 1")
+    require(share < 1, f"--held-out-share {share}: must be 0 or more and less than 1")
     files = config.labels or (config.run / "labels" / "labels.jsonl",)
     output = config.output or config.run / "labels" / "comparisons.jsonl"
     require(output.resolve() not in [file.resolve() for file in files], f"--output {output}: holds the labels")
@@ -63,14 +66,20 @@ def main(config: Config) -> Path:
     records = training_records(labels, form=config.form, ties=config.ties)
     require(len(records) > 0, f"{len(labels)} labels, but none of them prefers one response; nothing to learn from")
     train, held_out = data.split_by_prompt(records, share=share, seed=config.seed)
-    data.write_records(output, train)
+    _write(output, train, config.form)
     pairs = sum(len(data.pairs_from_ranks(record["ranks"])) for record in train)
     print(f"{output}: {len(train)} records, {pairs} pairs, from {len(labels)} labels")
     if share:
         file = output.with_name("held-out.jsonl")
-        data.write_records(file, held_out)
+        _write(file, held_out, config.form)
         print(f"{file}: {len(held_out)} records of other prompts")
     return output
+
+
+def _write(file: Path, records: Sequence[data.Record], form: Form) -> None:
+    if form == "verdicts":
+        records = [worked for record in records for worked in worked_comparisons(record)]
+    data.write_records(file, records)
 
 
 def training_records(labels: Sequence[Label], *, form: Form, ties: Ties) -> list[data.Record]:
@@ -79,6 +88,8 @@ def training_records(labels: Sequence[Label], *, form: Form, ties: Ties) -> list
     tied = [pair for record in records for pair in _tied_pairs(record, form)] if ties == "half" else []
     if form == "best":
         records = [{**record, "ranks": [min(rank, 1) for rank in record["ranks"]]} for record in records]
+    if ties == "keep":
+        return records
     decided = [record for record in records if len(set(record["ranks"])) > 1]
     return [*decided, *decided, *tied] if ties == "half" else decided
 

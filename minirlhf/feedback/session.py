@@ -75,16 +75,20 @@ class Session:
         """What one key does; `message` says it in words. A label is on the disk when this returns."""
         with self.lock:
             self.version += 1
-            if key == "u":
-                self._undo()
-            elif self.current is None:
-                self.message = "all done; u undoes the last label"
-            elif key in VERDICT_KEYS:
-                self._save(VERDICT_KEYS[key], ranks_of(VERDICT_KEYS[key], self.current.shown))
-            elif len(self.current.shown) == 2:
-                self._choose(key)
-            else:
-                self._pick(key)
+            self._act(key)
+
+    def _act(self, key: str) -> None:
+        if key == "u":
+            self._undo()
+            return
+        if self.current is None:
+            self.message = "all done; u undoes the last label"
+            return
+        if key in VERDICT_KEYS:
+            self._save(VERDICT_KEYS[key], ranks_of(VERDICT_KEYS[key], self.current.shown))
+            return
+        act = self._choose if len(self.current.shown) == 2 else self._pick
+        act(key)
 
     def _choose(self, key: str) -> None:
         if key in SIDES:

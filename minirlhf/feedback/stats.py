@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from minirlhf.feedback.agreement import Share, between_labellers, position_bias, self_agreement
+from minirlhf.feedback.agreement import Share, between_labellers, order_bias, position_bias, self_agreement
 from minirlhf.feedback.labels import VERDICTS, Label, read_labels
 from minirlhf.feedback.strengths import NoStrengths, strengths
 from minirlhf.metrics import write_json
+from minirlhf.settings import Settings
 
 
 @dataclass
-class Config:
+class Config(Settings):
     run: Path = Path("runs/tiny")
     """Folder of the run."""
     labels: tuple[Path, ...] = ()
@@ -65,6 +66,10 @@ def summarise(labels: Sequence[Label]) -> dict[str, Any]:
         "median_seconds": float(np.median(seconds)) if seconds else None,
         "verdicts": _verdicts(labels),
         "shown_first": {str(k): {**_plain(share), "chance": 1 / k} for k, share in position_bias(labels).items()},
+        "order_bias": {
+            name: {"first": bias.first, "contradictions": _plain(bias.contradictions)}
+            for name, bias in order_bias(labels).items()
+        },
         "self_agreement": {name: _plain(share) for name, share in self_agreement(labels).items()},
         "agreement": [
             {"labellers": list(found.labellers), **_plain(found.share), "kappa": _number(found.kappa)}
@@ -111,6 +116,9 @@ def table(summary: dict[str, Any]) -> str:
     lines.append("")
     for k, row in summary["shown_first"].items():
         lines.append(f"the one shown first was best of {k}: {_share(row)}; {row['chance']:.1%} without a bias")
+    for name, row in summary["order_bias"].items():
+        lines.append(f"{name} gives the one it reads first {row['first']:.3f} on average; its two orders contradict")
+        lines.append(f"each other in {_share(row['contradictions'])}")
     for name, row in summary["self_agreement"].items():
         lines.append(f"{name} agrees with their own earlier label: {_share(row)}")
     for row in summary["agreement"]:
