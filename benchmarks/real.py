@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -51,6 +52,32 @@ def circumstances(**settings: object) -> dict[str, object]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }
+
+
+def begin(work: Path, settings: Mapping[str, object]) -> None:
+    """Make the folder of a run, or go on in one that was made with the same settings; ends the program otherwise."""
+    path, text = work / "settings.json", json.dumps(settings, indent=1) + "\n"
+    if path.exists() and path.read_text() != text:
+        raise SystemExit(f"{work}: was made with other settings; use another --work, or remove the folder")
+    work.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def stage_seconds(work: Path) -> dict[str, float]:
+    """Seconds that the training steps of each stage under a folder took, whenever they ran, by the stages' own logs."""
+    logs = sorted(work.rglob("timing.jsonl"))
+    steps = {log.parent: [json.loads(line)["seconds"] for line in log.read_text().splitlines()] for log in logs}
+    return {folder.relative_to(work).as_posix(): round(sum(seconds), 1) for folder, seconds in steps.items()}
+
+
+def heading(known: Mapping[str, object], work: Path) -> str:
+    """One paragraph over a table of results: the circumstances, and how long the stages trained."""
+    facts = "; ".join(f"{name} {value}" for name, value in known.items() if name not in ("command", "settings"))
+    seconds = stage_seconds(work)
+    stages = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    settings = f" Settings: {known['settings']}." if "settings" in known else ""
+    total = f"Training seconds (wall): {stages}; {sum(seconds.values()):.0f} in all."
+    return f"`{known['command']}`; {facts}.{settings} {total}"
 
 
 def _processor() -> str:
