@@ -1,8 +1,9 @@
-# `make demo` runs the whole pipeline, `make test` the tests; both make a virtual environment first.
+# `make demo` runs the whole pipeline, `make test` the tests, `make bench` measures speed; each makes a virtual
+# environment first.
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test lint
+.PHONY: demo test bench lint
 
 $(VENV)/installed: setup.cfg constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -14,6 +15,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/speed_all.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
