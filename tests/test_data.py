@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -55,6 +58,21 @@ def test_micro_batches_hold_every_item_once_within_the_budget(lengths: list[int]
     assert sorted(i for part in parts for i in part.tolist()) == list(range(len(lengths)))
     for part in parts:
         assert len(part) == 1 or len(part) * max(lengths[i] for i in part.tolist()) <= budget
+
+
+@given(st.lists(st.integers(1, 200), min_size=1, max_size=9), st.integers(1, 500))
+@settings(deadline=None, derandomize=True, max_examples=100)
+def test_micro_batches_compute_the_fewest_positions(lengths: list[int], budget: int) -> None:
+    """Beside every other way to cut the sorted rows; a pass counts as 48 positions."""
+
+    def cost(parts: list[list[int]]) -> float:
+        fits = all(len(part) == 1 or len(part) * max(part) <= budget for part in parts)
+        return sum(len(part) * max(part) + 48 for part in parts) if fits else math.inf
+
+    ordered = sorted(lengths, reverse=True)
+    every = [[0, *cuts, len(ordered)] for n in range(9) for cuts in itertools.combinations(range(1, len(ordered)), n)]
+    best = min(cost([ordered[a:b] for a, b in itertools.pairwise(cuts)]) for cuts in every)
+    assert cost([[lengths[i] for i in part] for part in data.micro_batches(torch.tensor(lengths), budget)]) == best
 
 
 @pytest.mark.parametrize(("count", "batch_size"), [(10, 3), (10, 5), (7, 7), (5, 8)])
