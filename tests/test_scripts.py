@@ -501,7 +501,7 @@ def run_update(monkeypatch: pytest.MonkeyPatch, config: train_ppo.Config, iterat
     """`update` with a step that only counts: its k-th call reports k for every metric."""
     seen: list[list[float]] = []
 
-    def counting(state, minibatch, config) -> dict:
+    def counting(state, minibatch, config, *, pretraining) -> dict:
         seen.append(minibatch.scores.tolist())
         return {name: torch.tensor(float(len(seen))) for name in ("policy_loss", "approximate_kl", "ratio_deviation")}
 
