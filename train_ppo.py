@@ -7,23 +7,29 @@ Maximises, by clipped policy gradients with advantages from GAE,
     python train_ppo.py                     # after train_reward.py, about a minute and a half on two cores
     python train_ppo.py --beta 0.02 --learning-rate 5e-4      # over-optimises: the score rises, the answers get worse
 
+    python train_ppo.py --advantages rloo --group-size 4      # no value model: a prompt's responses are compared
+
 Each iteration samples a rollout, turns scores and per-token KL into rewards, estimates advantages once, and takes a few
 epochs of shuffled minibatches. Expect the score to rise by one to two deviations at a KL of a few nats.
+Only `--advantages gae` has a value model; the others are in minirlhf/advantages.py. With one epoch of one minibatch the
+ratio is 1, and the update is a plain policy gradient.
 Left out: an entropy bonus and a shared trunk for policy and value; neither is needed at these sizes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import tiktoken
 import torch
 from torch import Tensor
 
-from minirlhf import data, ops, ppo, processes, tokenizer
+from minirlhf import data, ops, ppo, processes, rewards, tokenizer
+from minirlhf.advantages import RunningBaseline, grpo, grpo_no_std, kl_loss, per_token, reinforce, rloo
 from minirlhf.ensemble import Aggregate, RewardEnsemble
 from minirlhf.hub import model_folder, model_or_earlier
 from minirlhf.model import GPT, read_config
@@ -54,16 +60,26 @@ class Config(Settings):
     """What makes one score of an ensemble's: their mean, the worst, or the mean less `variance_penalty` variances."""
     variance_penalty: NotNegative = 1.0
     """See `aggregate`."""
+    reward: tuple[str, ...] = ()
+    """Functions package.module:function, (prompts, responses) -> scores, that are added up; see minirlhf/rewards.py.
+    With one, a reward model is used, and its score added, only where `reward_model` or `ensemble` names it."""
     prompts: str = str(project_file("world", "prompts.train.jsonl"))
     """Prompts: a file of any known format (of pairs or demonstrations, their prompts), or a hub name."""
     split: str = ""
     """Part of `prompts`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
     columns: tuple[str, ...] = ()
     """Fields with other names, as ours=theirs: prompt=query."""
-    iterations: Count = 50
+    iterations: Count = 32
     """Rollouts; the learning rate falls linearly to 0 over them."""
     rollout_size: Count = 128
-    """Prompts a rollout, one response each."""
+    """Responses a rollout: `group_size` to each prompt."""
+    advantages: Literal["gae", "rloo", "grpo", "grpo-no-std", "reinforce"] = "gae"
+    """How advantages are estimated: by a value model (gae), against the other responses to the prompt (rloo, grpo, and
+    grpo without the division by their deviation), or against a running mean of the rewards (reinforce)."""
+    group_size: Count = 1
+    """Responses to each prompt of a rollout; at least 2 where they are compared with each other."""
+    baseline_decay: Fraction = 0.9
+    """What reinforce's running mean keeps of earlier rollouts, a rollout."""
     epochs: Count = 4
     """Passes over each rollout."""
     minibatches: Count = 4
@@ -78,6 +94,14 @@ class Config(Settings):
     """KL to the reference in nats a response that an adaptive beta steers to; by default beta stays fixed."""
     kl_horizon: Positive = 10_000
     """Responses over which the adaptive beta moves."""
+    kl_in: Literal["reward", "loss"] = "reward"
+    """Where the KL penalty goes: into each token's reward, or into the loss, where it sees that token alone."""
+    kl_estimator: Literal["k2", "k3"] = "k2"
+    """Of the KL in the loss: k2 has the gradient of KL(pi || ref), k3 (GRPO's) that of KL(ref || pi)."""
+    ptx_coefficient: NotNegative = 0.0
+    """PPO-ptx: weight of the negative log-likelihood of `ptx_data` a token, added to the policy's loss."""
+    ptx_data: str | None = None
+    """Demonstrations or texts of PPO-ptx, as `--train` of train_sft.py; each step takes as many as of its minibatch."""
     gamma: Fraction = 1.0
     """Discount; 1, because a response is short and its score is for the whole."""
     lam: Fraction = 0.95
@@ -130,16 +154,12 @@ PRESETS = {
 }
 
 
-# What an optimizer step measures as sums over tokens, each divided by the tokens of the whole minibatch.
-SUMMED = (
-    *("policy_loss", "value_loss", "entropy", "approximate_kl", "clip_fraction", "ratio"),
-    *("value_clip_fraction", "value_error"),
-)
+GROUPED = {"rloo": rloo, "grpo": grpo, "grpo-no-std": grpo_no_std}  # these compare the responses to a prompt
 
 
 @dataclass
 class Experience(Rollout):
-    """A rollout with what the update learns from it, (B, T-1) each: whitened advantages, and returns."""
+    """A rollout with what the update learns from it, (B, T-1) each: advantages, and returns (0 without values)."""
 
     advantages: Tensor
     returns: Tensor
@@ -150,12 +170,35 @@ class State:
     """All that changes while the stage runs. Prompt order and random streams are functions of `iteration`."""
 
     policy: GPT
-    value_model: ValueModel
+    value_model: ValueModel | None  # None where the advantages need no values
     policy_optimizer: torch.optim.Optimizer
-    value_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer | None
     kl_controller: ppo.AdaptiveKL | None
     iteration: int = 0
     fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
+    baseline: RunningBaseline | None = None  # reinforce's
+
+
+def check_settings(config: Config) -> None:
+    """Raise UserError where two settings do not fit each other."""
+    name, k = config.advantages, config.group_size
+    compared = f"--group-size {k}: --advantages {name} compares a prompt's responses with each other; give at least 2"
+    require(name not in GROUPED or k >= 2, compared)
+    require(config.rollout_size % k == 0, f"--group-size {k}: must divide --rollout-size {config.rollout_size}")
+    require(
+        config.minibatches <= config.rollout_size,
+        f"--minibatches {config.minibatches}: more than the {config.rollout_size} rows of a rollout",
+    )
+    whole = f"is for rewards a token, and --advantages {name} has one a response; leave it out, or use gae"
+    require(name == "gae" or config.gamma == 1, f"--gamma {config.gamma}: {whole}")
+    require(name == "gae" or not config.whiten_rewards, f"--whiten-rewards: {whole}")
+    both = "--ptx-data and --ptx-coefficient: belong together; give both, the coefficient above 0, or none"
+    require((config.ptx_data is not None) == (config.ptx_coefficient > 0), both)
+
+
+def beta_now(state: State, config: Config) -> float:
+    """The coefficient of the KL penalty in this iteration."""
+    return state.kl_controller.beta if state.kl_controller else config.beta
 
 
 def learn_from(rollout: Rollout, *, beta: float, gamma: float, lam: float, whiten_rewards: bool) -> Experience:
@@ -170,55 +213,124 @@ def learn_from(rollout: Rollout, *, beta: float, gamma: float, lam: float, white
     return Experience(**vars(rollout), advantages=advantages, returns=returns)
 
 
-def train_step(state: State, minibatch: Experience, config: Config) -> dict[str, Tensor]:
+def learn_without_values(
+    rollout: Rollout, *, advantages: str, beta: float, baseline: RunningBaseline | None
+) -> Experience:
+    """One reward a response, its score less beta KL, then one advantage a response, at each of its tokens alike."""
+    mask = rollout.mask
+    rewards = ppo.kl_penalised_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, mask, beta=beta)
+    rewards = rewards.sum(dim=1)
+    if advantages in GROUPED:
+        each = GROUPED[advantages](rewards, rollout.groups)
+    else:
+        each = reinforce(rewards, baseline=baseline.value)
+    require_finite(scores=rollout.scores, rewards=rewards, advantages=each)
+    return Experience(**vars(rollout), advantages=per_token(each, mask), returns=torch.zeros_like(rollout.values))
+
+
+def summed_metrics(state: State, config: Config) -> list[str]:
+    """What a step measures as sums over tokens, each divided by the tokens of the whole minibatch."""
+    names = ["policy_loss", *(["value_loss"] if state.value_model else [])]
+    names += ["kl_loss"] if config.kl_in == "loss" else []
+    names += ["entropy", "approximate_kl", "clip_fraction", "ratio"]
+    return names + (["value_clip_fraction", "value_error"] if state.value_model else [])
+
+
+def part_losses(
+    state: State, part: Experience, config: Config, tokens: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The losses of a micro-batch of a minibatch with so many `tokens`, with gradient, and what else to log of it."""
+    mask = part.mask
+    logprobs, entropy = state.policy.logprobs_and_entropy(part.tokens, mask, temperature=config.temperature)
+    old = (part.old_logprobs, part.advantages, mask)
+    losses = {"policy_loss": ppo.policy_loss(logprobs, *old, clip=config.clip, denominator=tokens)}
+    seen = {
+        "entropy": ops.masked_mean(entropy, mask, denominator=tokens),
+        **ppo.policy_diagnostics(logprobs, *old, clip=config.clip, denominator=tokens),
+    }
+    if state.value_model is not None:
+        values = state.value_model(part.tokens, mask)
+        targets = (part.values, part.returns, mask)
+        losses["value_loss"] = ppo.value_loss(values, *targets, clip=config.value_clip, denominator=tokens)
+        seen |= ppo.value_diagnostics(values, *targets, clip=config.value_clip, denominator=tokens)
+    if config.kl_in == "loss":
+        kind = config.kl_estimator
+        kl = kl_loss(logprobs, part.ref_logprobs, mask, estimator=kind, denominator=tokens)
+        losses["kl_loss"] = beta_now(state, config) * kl
+    return losses, seen
+
+
+def train_step(
+    state: State, minibatch: Experience, config: Config, *, pretraining: data.Batch | None = None
+) -> dict[str, Tensor]:
     """One optimizer step of policy and value model; losses are means over all tokens of the minibatch."""
     tokens = minibatch.mask.sum()  # over micro-batches and processes
-    sums = dict.fromkeys(SUMMED, torch.zeros(()))
+    sums = dict.fromkeys(summed_metrics(state, config), torch.zeros(()))
     ratio_deviation = torch.zeros(())
-    state.policy_optimizer.zero_grad(set_to_none=True)
-    state.value_optimizer.zero_grad(set_to_none=True)
+    models = {"policy": (state.policy, state.policy_optimizer), "value": (state.value_model, state.value_optimizer)}
+    trained = {name: pair for name, pair in models.items() if pair[0] is not None}
+    for _, optimizer in trained.values():
+        optimizer.zero_grad(set_to_none=True)
     for index in data.own_micro_batches(minibatch.lengths, config.micro_batch_tokens):
-        part = minibatch.rows(index.to(tokens.device))
-        mask = part.mask
-        logprobs, entropy = state.policy.logprobs_and_entropy(part.tokens, mask, temperature=config.temperature)
-        values = state.value_model(part.tokens, mask)
-        old = (part.old_logprobs, part.advantages, mask)
-        targets = (part.values, part.returns, mask)
-        losses = {
-            "policy_loss": ppo.policy_loss(logprobs, *old, clip=config.clip, denominator=tokens),
-            "value_loss": ppo.value_loss(values, *targets, clip=config.value_clip, denominator=tokens),
-        }
+        losses, seen = part_losses(state, minibatch.rows(index.to(tokens.device)), config, tokens)
         sum(losses.values()).backward()  # policy and value model share no parameter
-        seen = {
-            **{name: loss.detach() for name, loss in losses.items()},
-            "entropy": ops.masked_mean(entropy, mask, denominator=tokens),
-            **ppo.policy_diagnostics(logprobs, *old, clip=config.clip, denominator=tokens),
-            **ppo.value_diagnostics(values, *targets, clip=config.value_clip, denominator=tokens),
-        }
+        seen = {**{name: loss.detach() for name, loss in losses.items()}, **seen}
         ratio_deviation = torch.maximum(ratio_deviation, seen.pop("ratio_deviation").cpu())
-        sums = {name: sums[name] + value.cpu() for name, value in seen.items()}
+        sums = {name: value + seen[name].cpu() for name, value in sums.items()}  # one order in all processes
+    if pretraining is not None:
+        sums["ptx_loss"] = pretraining_gradient(state.policy, pretraining, config)
     sums = processes.sum_each(sums)
-    require_finite(policy_loss=sums["policy_loss"], value_loss=sums["value_loss"])
-    processes.sum_gradients(state.policy)
-    processes.sum_gradients(state.value_model)
-    sums["policy_grad_norm"] = clip_gradients(state.policy, config.max_grad_norm)
-    sums["value_grad_norm"] = clip_gradients(state.value_model, config.max_grad_norm)
-    state.policy_optimizer.step()
-    state.value_optimizer.step()
+    require_finite(**{name: value for name, value in sums.items() if name.endswith("_loss")})
+    for model, _ in trained.values():
+        processes.sum_gradients(model)
+    for name, (model, _) in trained.items():
+        sums[f"{name}_grad_norm"] = clip_gradients(model, config.max_grad_norm)
+    for _, optimizer in trained.values():
+        optimizer.step()
     return {**sums, "ratio_deviation": processes.all_max(ratio_deviation.double())}
 
 
-def update(state: State, experience: Experience, config: Config) -> dict[str, Tensor | float]:
-    """Several epochs over the rollout in shuffled minibatches; every row once an epoch. Means over the steps."""
+def pretraining_gradient(policy: GPT, batch: data.Batch, config: Config) -> Tensor:
+    """Add the gradient of coefficient * mean negative log-likelihood of the texts; returns this loss.
+
+    Ouyang et al. 2022, eq. 2: the term E_pretraining[log pi(x)] of PPO-ptx. Temperature 1, as in train_sft.py.
+    """
+    tokens, total = batch.mask.sum(), torch.zeros(())
+    for index in data.own_micro_batches(batch.lengths, config.micro_batch_tokens):
+        part = batch.rows(index.to(tokens.device))
+        logprobs = policy.logprobs(part.tokens, part.mask)
+        loss = -config.ptx_coefficient * ops.masked_mean(logprobs, part.mask, denominator=tokens)
+        loss.backward()
+        total = total + loss.detach().cpu()
+    return total
+
+
+def update(
+    state: State, experience: Experience, config: Config, *, texts: Sequence[data.Example] = ()
+) -> dict[str, Tensor | float]:
+    """Several epochs over the rollout in shuffled minibatches; every row once an epoch. Means over the steps.
+
+    texts  of PPO-ptx; each step draws as many as its minibatch has rows, or all
+    """
     rows: list[dict[str, Tensor]] = []
     for epoch in range(config.epochs):
         key = (config.seed, Stream.MINIBATCH, state.iteration, epoch)
         order = torch.tensor(data.permutation(len(experience), *key))
-        for index in order.tensor_split(min(config.minibatches, len(order))):  # an epoch's last rollout may be small
-            rows.append(train_step(state, experience.rows(index.to(experience.tokens.device)), config))
+        parts = order.tensor_split(min(config.minibatches, len(order)))  # an epoch's last rollout may be small
+        for number, index in enumerate(parts):
+            minibatch = experience.rows(index.to(experience.tokens.device))
+            key = (config.seed, Stream.PRETRAINING, state.iteration, epoch, number)
+            drawn = draw(texts, len(minibatch), *key, device=minibatch.tokens.device)
+            rows.append(train_step(state, minibatch, config, pretraining=drawn))
             if config.stop_kl is not None and rows[-1]["approximate_kl"] > config.stop_kl:
                 return _means(rows)
     return _means(rows)
+
+
+def draw(examples: Sequence[data.Example], count: int, *key: int, device: torch.device) -> data.Batch | None:
+    """`count` different examples, or all of fewer, chosen by the key alone; None of none."""
+    order = data.permutation(len(examples), *key)[:count]
+    return data.pad([examples[i] for i in order]).to(device) if order else None
 
 
 def _means(rows: list[dict[str, Tensor]]) -> dict[str, Tensor | float]:
@@ -229,22 +341,28 @@ def _means(rows: list[dict[str, Tensor]]) -> dict[str, Tensor | float]:
     return {**means, "first_ratio_deviation": first, "optimizer_steps": len(rows)}
 
 
-def end_iteration(state: State, *, kl: float, responses: int) -> None:
-    """Steer an adaptive beta by the rollout's KL (nats a response); the next iteration has the next random streams."""
+def end_iteration(state: State, *, kl: float, responses: int, reward: float) -> None:
+    """Steer an adaptive beta by the rollout's KL (nats a response), and a running baseline by its mean reward.
+
+    The next iteration has the next random streams.
+    """
     if state.kl_controller:
         state.kl_controller.update(kl, responses)
+    if state.baseline:
+        state.baseline.update(reward)
     state.iteration += 1
 
 
-def rollout_metrics(rollout: Rollout, experience: Experience) -> dict[str, Tensor]:
-    """What the policy did before this iteration's update."""
+def rollout_metrics(rollout: Rollout, experience: Experience, *, valued: bool = True) -> dict[str, Tensor]:
+    """What the policy did before this iteration's update; `valued` says that there is a value model to measure."""
     mask = rollout.mask
+    explained = {"explained_variance": ppo.explained_variance(rollout.values, experience.returns, mask)}
     return {
         "score": rollout.scores.mean(),
         "kl": ppo.sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, mask),
         "response_length": mask.sum(dim=1).float().mean(),
         "eos_rate": rollout.finished.float().mean(),
-        "explained_variance": ppo.explained_variance(rollout.values, experience.returns, mask),
+        **(explained if valued else {}),
         "sampling_gap": rollout.sampling_gap.max(),
     }
 
@@ -254,18 +372,74 @@ def reward_function(model: RewardModel | RewardEnsemble) -> Callable[[data.Batch
     return lambda batch: model(batch.tokens, batch.lengths)
 
 
+def rollout_keys(iteration: int, rows: Sequence[tuple[int, int]], group_size: int) -> list[tuple[int, ...]]:
+    """The random stream of each (prompt, candidate); a prompt's one response has the stream of its prompt."""
+    alone = group_size == 1
+    return [(Stream.ROLLOUT, iteration, prompt, *(() if alone else (candidate,))) for prompt, candidate in rows]
+
+
+def estimate(state: State, rollout: Rollout, config: Config) -> Experience:
+    """The advantages by `--advantages`; a KL penalty that is in the loss is not in the rewards as well."""
+    beta = beta_now(state, config) if config.kl_in == "reward" else 0.0
+    if config.advantages == "gae":
+        settings = {"gamma": config.gamma, "lam": config.lam, "whiten_rewards": config.whiten_rewards}
+        return learn_from(rollout, beta=beta, **settings)
+    return learn_without_values(rollout, advantages=config.advantages, beta=beta, baseline=state.baseline)
+
+
+def pretraining_texts(config: Config, encoding: tiktoken.Encoding, *, max_length: int) -> list[data.Example]:
+    """The texts of PPO-ptx, none without."""
+    if config.ptx_data is None:
+        return []
+    records = data.load(config.ptx_data, "demonstrations")
+    texts = data.encode_demonstrations(encoding, records, max_length=max_length)
+    require(len(texts) > 0, f"--ptx-data {config.ptx_data}: nothing in it fits {max_length} tokens")
+    return texts
+
+
+def reward_model_folders(config: Config) -> tuple[Path | str, ...]:
+    """The reward models to score with, the one of the value model first; none where functions alone give the score."""
+    others = tuple(map(model_folder, config.ensemble))
+    if config.reward and config.reward_model is None:
+        return others
+    return (model_or_earlier(config.reward_model, "--reward-model", config.run / "reward" / "model"), *others)
+
+
+def initial_state(config: Config, policy: GPT, members: Sequence[RewardModel]) -> State:
+    """Policy, optimizers and controllers before the first iteration; a value model for `gae` alone.
+
+    It starts from the first of the reward models, or from the policy where there is none.
+    """
+    value_model = None
+    if config.advantages == "gae":
+        origin = members[0] if members else RewardModel.from_gpt(policy, generator=torch.Generator())
+        value_model = ValueModel.from_reward_model(origin)
+    for trained in (policy, *([value_model.gpt] if value_model else [])):
+        trained.gradient_checkpointing = config.gradient_checkpointing
+    adam = {"eps": 1e-5}  # Ziegler et al. 2019; the default 1e-8 takes far larger first steps
+    return State(
+        policy,
+        value_model,
+        adamw(policy, learning_rate=config.learning_rate, **adam),
+        adamw(value_model, learning_rate=config.value_learning_rate, **adam) if value_model else None,
+        ppo.AdaptiveKL(config.beta, config.kl_target, config.kl_horizon) if config.kl_target else None,
+        baseline=RunningBaseline(config.baseline_decay) if config.advantages == "reinforce" else None,
+    )
+
+
 def main(config: Config, *, observe: Callable[[State], None] | None = None) -> Path:
     """Run the stage; returns the folder of the trained policy. `observe` looks at the state after each iteration."""
+    check_settings(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
     folder = model_or_earlier(config.policy, "--policy", config.run / "sft" / "model")
-    reward_folder = model_or_earlier(config.reward_model, "--reward-model", config.run / "reward" / "model")
+    functions = {spec: rewards.load(spec) for spec in config.reward}
+    reward_folders = reward_model_folders(config)
     output = config.run / config.stage / "model"
-    reward_folders = (reward_folder, *map(model_folder, config.ensemble))
     models = (folder, *reward_folders)
-    stage = Stage(
-        config.run / config.stage, config, inputs=data.local_files(config.prompts), models=models, resume=config.resume
-    )
+    sources = [source for source in (config.prompts, config.ptx_data) if source is not None]
+    files = [*(f for source in sources for f in data.local_files(source)), *rewards.source_files(functions)]
+    stage = Stage(config.run / config.stage, config, inputs=files, models=models, resume=config.resume)
     if stage.finished:
         return output
     prompt_records = data.load(config.prompts, "prompts", split=config.split, columns=config.columns)
@@ -276,46 +450,39 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     room = min(shape.n_positions for shape in shapes.values()) - config.max_new_tokens
     require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
     prompts = data.encode_prompts(encoding, [r["prompt"] for r in prompt_records], max_length=room)
-    data.require_batch("--rollout-size", config.rollout_size, len(prompts))
-    require(
-        config.minibatches <= config.rollout_size,
-        f"--minibatches {config.minibatches}: more than the {config.rollout_size} rows of a rollout",
-    )
+    per_rollout = config.rollout_size // config.group_size  # prompts
+    grouped = "" if config.group_size == 1 else f" in groups of {config.group_size}, prompts"
+    data.require_batch(f"--rollout-size{grouped}", per_rollout, len(prompts))
+    texts = pretraining_texts(config, encoding, max_length=shapes[folder].n_positions)
     policy = GPT.from_pretrained(folder).to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = [RewardModel.from_pretrained(f).to(device).eval().requires_grad_(False) for f in reward_folders]
-    ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
-    reward_model = ensemble if config.ensemble else members[0]
-    value_model = ValueModel.from_reward_model(members[0])
-    for trained in (policy, value_model.gpt):
-        trained.gradient_checkpointing = config.gradient_checkpointing
-    adam = {"eps": 1e-5}  # Ziegler et al. 2019; the default 1e-8 takes far larger first steps
-    state = State(
-        policy,
-        value_model,
-        adamw(policy, learning_rate=config.learning_rate, **adam),
-        adamw(value_model, learning_rate=config.value_learning_rate, **adam),
-        ppo.AdaptiveKL(config.beta, config.kl_target, config.kl_horizon) if config.kl_target else None,
-    )
+    parts = [rewards.FunctionReward(spec, function, encoding) for spec, function in functions.items()]
+    if members:
+        ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
+        parts.insert(0, reward_function(ensemble if config.ensemble else members[0]))
+    state = initial_state(config, policy, members)
 
     with stage.begin(
         state, steps=config.iterations, checkpoint_every=config.checkpoint_every, best=("objective", "max")
     ):
         while state.iteration < config.iterations:
             iteration = state.iteration
-            beta = state.kl_controller.beta if state.kl_controller else config.beta
+            beta = beta_now(state, config)
             factor = linear_schedule(iteration, config.iterations)
             set_learning_rate(state.policy_optimizer, config.learning_rate * factor)
-            set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
-            chosen = data.batch_indices(len(prompts), config.rollout_size, seed=config.seed, step=iteration)
+            if state.value_optimizer:
+                set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
+            chosen = data.batch_indices(len(prompts), per_rollout, seed=config.seed, step=iteration)
+            rows = [(prompt, candidate) for prompt in chosen for candidate in range(config.group_size)]
             with autocast(device, dtype), stage.attempt() as fitted:
                 rollout = collect(
                     policy,
                     reference,
-                    value_model,
-                    reward_function(reward_model),
-                    [prompts[i] for i in chosen],
-                    keys=[(Stream.ROLLOUT, iteration, i) for i in chosen],
+                    state.value_model,
+                    rewards.total(parts),
+                    [prompts[prompt] for prompt, _ in rows],
+                    keys=rollout_keys(iteration, rows, config.group_size),
                     seed=config.seed,
                     eos_id=encoding.eot_token,
                     max_new_tokens=config.max_new_tokens,
@@ -323,13 +490,14 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     missing_eos_score=config.missing_eos_score,
                     rescore=dtype != torch.float32,
                     max_tokens=fitted.micro_batch_tokens,
+                    groups=[prompt for prompt, _ in rows],
                 )
-                experience = learn_from(
-                    rollout, beta=beta, gamma=config.gamma, lam=config.lam, whiten_rewards=config.whiten_rewards
-                )
-                metrics = {**rollout_metrics(rollout, experience), "beta": beta, **update(state, experience, fitted)}
+                experience = estimate(state, rollout, config)
+                seen = rollout_metrics(rollout, experience, valued=state.value_model is not None)
+                metrics = {**seen, "beta": beta, **update(state, experience, fitted, texts=texts)}
                 metrics["objective"] = metrics["score"] - beta * metrics["kl"]  # what PPO maximises
-                end_iteration(state, kl=float(metrics["kl"]), responses=len(rollout))
+                reward = metrics["objective" if config.kl_in == "reward" else "score"]
+                end_iteration(state, kl=float(metrics["kl"]), responses=len(rollout), reward=float(reward))
                 stage.finish(iteration, metrics, tokens=int(rollout.lengths.sum()))
             if observe and state.iteration > iteration:
                 observe(state)

@@ -8,7 +8,7 @@ each; every one of them then holds the whole rollout, so that what follows is th
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
 import torch
@@ -30,9 +30,10 @@ class Rollout(Batch):
     finished      (B,) bool: the response ended with EOS, and not at the length limit
     old_logprobs  (B, T-1) log-probabilities under the policy that sampled; 0 off the mask, like all of this shape
     ref_logprobs  (B, T-1) under the frozen reference
-    values        (B, T-1) V(state before the action at t)
+    values        (B, T-1) V(state before the action at t); 0 without a value model
     scores        (B,) what the reward function gave; unfinished responses hold the fixed score instead
     sampling_gap  (B,) largest |recorded - recomputed| old log-probability of the row; 0 where none was recomputed
+    groups        (B,) long: rows of one number answer the same prompt; by default each row is a group by itself
     """
 
     finished: Tensor
@@ -41,6 +42,11 @@ class Rollout(Batch):
     values: Tensor
     scores: Tensor
     sampling_gap: Tensor
+    groups: Tensor = field(kw_only=True, default=None)
+
+    def __post_init__(self) -> None:
+        if self.groups is None:
+            self.groups = torch.arange(len(self), device=self.tokens.device)
 
 
 @torch.no_grad()
@@ -111,7 +117,7 @@ def joined(part: B, own: Sequence[int], count: int) -> B:
 def collect(
     policy: GPT,
     reference: GPT,
-    value_model: ValueModel,
+    value_model: ValueModel | None,
     reward: Callable[[Batch], Tensor],
     prompts: Sequence[list[int]],
     *,
@@ -123,6 +129,7 @@ def collect(
     missing_eos_score: float | None,
     rescore: bool,
     max_tokens: int,
+    groups: Sequence[int] | None = None,
 ) -> Rollout:
     """Sample a response to each prompt and score it with reference, value model and reward.
 
@@ -133,6 +140,7 @@ def collect(
     rescore            recompute the old log-probs by the training forward, needed where the cached forward differs
                        from it (bfloat16); in float32 those recorded while sampling are exact enough
     max_tokens         padded positions a micro-batch
+    groups             the number of each row's prompt, where several rows answer one; by default each has its own
     Source: Ziegler et al. 2019, the fixed score included; Huang et al. 2024 (arXiv 2403.17031).
     """
     samples = sample(
@@ -143,6 +151,9 @@ def collect(
         return lambda part: model.logprobs(part.tokens, part.mask, temperature=temperature)
 
     old_logprobs = over_micro_batches(logprobs_under(policy), samples, max_tokens) if rescore else samples.logprobs
+    values = torch.zeros_like(old_logprobs)
+    if value_model is not None:
+        values = over_micro_batches(lambda part: value_model(part.tokens, part.mask), samples, max_tokens)
     scores = over_micro_batches(reward, samples, max_tokens)
     if missing_eos_score is not None:
         scores = torch.where(samples.finished, scores, missing_eos_score)
@@ -153,7 +164,8 @@ def collect(
         finished=samples.finished,
         old_logprobs=old_logprobs,
         ref_logprobs=over_micro_batches(logprobs_under(reference), samples, max_tokens),
-        values=over_micro_batches(lambda part: value_model(part.tokens, part.mask), samples, max_tokens),
+        values=values,
         scores=scores,
         sampling_gap=(samples.logprobs - old_logprobs).abs().amax(dim=1),
+        groups=None if groups is None else torch.tensor(groups, device=samples.tokens.device),
     )

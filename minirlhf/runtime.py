@@ -54,6 +54,9 @@ class Stream(enum.IntEnum):
     MINIBATCH = 6
     DATA = 7
     SPLIT = 8
+    CHAT = 9
+    PRETRAINING = 10
+    REJECTION = 11
 
 
 def resolve_device(name: str) -> torch.device:

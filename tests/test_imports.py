@@ -12,7 +12,7 @@ PACKAGE = ROOT / "minirlhf"
 # From the ground up. What stands on one floor may import its neighbours and everything below.
 FLOORS = [
     {"ops", "world"},
-    {"ppo", "dpo", "bradley_terry"},
+    {"ppo", "dpo", "bradley_terry", "advantages"},
     {"processes"},
     {"memory", "metrics", "runtime", "settings"},
     {"hub", "model_card"},
@@ -24,13 +24,14 @@ FLOORS = [
     {"stage"},
     {"data", "tokenizer"},
     {"generate"},
+    {"rewards"},
     {"rollout", "objective"},
     {"feedback"},
-    {"evaluate", "report", "calibration"},
+    {"evaluate", "report", "calibration", "rejection", "chat", "dialogue"},
     {"train_sft", "train_reward", "train_ppo", "train_dpo"},
     {"__main__"},
 ]
-MATHS = {"ops": set(), "ppo": {"ops"}, "dpo": {"ops"}, "bradley_terry": {"ops"}}
+MATHS = {"ops": set(), "ppo": {"ops"}, "dpo": {"ops"}, "bradley_terry": {"ops"}, "advantages": {"ops"}}
 
 
 def sources() -> dict[str, list[Path]]:

@@ -1,0 +1,226 @@
+"""Rejection sampling: fine-tune on the best of several answers, by a reward model or a function.
+
+    python -m minirlhf.rejection --candidates 8                  # writes <run>/rejection/best.jsonl and random.jsonl
+    python train_sft.py --run runs/tiny/best --model runs/tiny/sft/model --train runs/tiny/rejection/best.jsonl \\
+        --learning-rate 3e-4 --epochs 2
+
+    python -m minirlhf.rejection --stage rejection-2 --policy runs/tiny/best/sft/model      # once more, from there
+
+Each prompt is answered `--candidates` times, and the finished answer with the highest score wins; random.jsonl holds a
+random finished answer of the same ones, the control for what fine-tuning on own samples does by itself. A prompt
+without a finished answer is left out of both; a blank answer cannot be learned from, and counts as unfinished.
+Dong et al. 2023 (RAFT), arXiv 2304.06767; Touvron et al. 2023 (Llama 2), arXiv 2307.09288, section 3.2.3.
+The winners are texts like any other demonstrations: train_sft.py encodes them anew.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+
+from minirlhf import data, rewards, tokenizer
+from minirlhf.evaluate import best_of_n_kl
+from minirlhf.feedback.collect import SLOTS, response_text
+from minirlhf.generate import generate
+from minirlhf.hub import model_or_earlier
+from minirlhf.metrics import source_hash
+from minirlhf.model import GPT, read_config
+from minirlhf.reward import RewardModel
+from minirlhf.rollout import over_micro_batches
+from minirlhf.runtime import Stream, project_file, require, resolve_device, run_script
+from minirlhf.settings import AtLeastTwo, Count, FolderName, Positive, Seed, Settings
+from minirlhf.stage import Stage, require_finite
+
+
+@dataclass
+class Config(Settings):
+    preset: Literal["tiny"] = "tiny"
+    """Set of defaults."""
+    run: Path = Path("runs/tiny")
+    """Folder of the run; this stage writes `<run>/rejection`."""
+    stage: FolderName = "rejection"
+    """Name of this stage's folder in the run; another name keeps an earlier result."""
+    policy: str | None = None
+    """Folder or hub name of the model that answers, by default `<run>/sft/model`."""
+    reward_model: str | None = None
+    """Folder or hub name of the reward model; by default `<run>/reward/model`, and none where `reward` is given."""
+    reward: tuple[str, ...] = ()
+    """Functions package.module:function, (prompts, responses) -> scores, that are added up; see minirlhf/rewards.py."""
+    prompts: str = str(project_file("world", "prompts.train.jsonl"))
+    """Prompts: a file of any known format, or a hub name."""
+    split: str = ""
+    """Part of `prompts`, e.g. [:100]."""
+    candidates: AtLeastTwo = 8
+    """Answers to each prompt, of which one is chosen."""
+    max_new_tokens: Count = 32
+    """Length limit of an answer in tokens."""
+    temperature: Positive = 1.0
+    """Of sampling."""
+    micro_batch_tokens: Count = 8192
+    """Padded tokens a forward pass."""
+    resume: bool = False
+    """Leave a finished stage as it is; an unfinished one starts again."""
+    seed: Seed = 0
+    """Seed of the answers and of the random choice."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+
+
+PRESETS = {"tiny": Config()}
+
+
+def best_of_n_mean(scores: np.ndarray, values: np.ndarray, n: int) -> np.ndarray:
+    """The expected value of the best of n by score, without bias, from N >= n samples of each prompt.
+
+    sum_i [C(i-1, n-1) / C(N, n)] value_(i),  value_(i) that of the i-th lowest score: the mean over all subsets of n
+
+    Nakano et al. 2021 (WebGPT), appendix I; Gao et al. 2022. Equal scores win equally often: with L lower scores and E
+    equal ones (itself included) a sample weighs [C(L+E, n) - C(L, n)] / (E C(N, n)), the formula above where E = 1.
+    Shapes: `scores`, `values` (P, N) -> (P,). `values` are the scores themselves, or a judge's, to see what a proxy
+    buys. Raises ValueError for other shapes or n outside 1..N. Trap: the best of the first n is unbiased too, but uses
+    n of the N samples.
+    """
+    if scores.ndim != 2 or scores.shape != values.shape:
+        raise ValueError(f"scores has shape {scores.shape} and values {values.shape}; pass (P, N) each")
+    count = scores.shape[1]
+    if not 1 <= n <= count:
+        raise ValueError(f"n is {n}; it must lie between 1 and the {count} samples")
+    share = np.array([math.comb(m, n) / math.comb(count, n) for m in range(count + 1)])  # all n among the m lowest
+    lower = (scores[:, None, :] < scores[:, :, None]).sum(axis=2)  # (P, N)
+    equal = (scores[:, None, :] == scores[:, :, None]).sum(axis=2)
+    return ((share[lower + equal] - share[lower]) / equal * values).sum(axis=1)
+
+
+def choose(scores: np.ndarray, finished: np.ndarray) -> np.ndarray:
+    """(P,) the finished candidate with the highest score, the first of equal ones; -1 where none finished."""
+    best = np.where(finished, scores, -np.inf).argmax(axis=1)
+    return np.where(finished.any(axis=1), best, -1)
+
+
+def choose_randomly(finished: np.ndarray, *, seed: int) -> np.ndarray:
+    """(P,) a finished candidate, each as likely as another, whatever its score; -1 where none finished."""
+    orders = (data.permutation(finished.shape[1], seed, Stream.REJECTION, i) for i in range(len(finished)))
+    return np.array(
+        [next((k for k in order if row[k]), -1) for order, row in zip(orders, finished, strict=True)], dtype=np.int64
+    )
+
+
+def reward_of(config: Config, encoding: tiktoken.Encoding, device: torch.device) -> Callable[[data.Batch], Tensor]:
+    """The sum of the reward model, where there is one, and the functions."""
+    parts: list[Callable[[data.Batch], Tensor]] = [
+        rewards.FunctionReward(spec, rewards.load(spec), encoding) for spec in config.reward
+    ]
+    folder = reward_folder(config)
+    if folder is not None:
+        model = RewardModel.from_pretrained(folder).to(device).eval().requires_grad_(False)
+        tokenizer.check_fits(encoding, model.gpt.config.vocab_size, folder)
+        parts.append(lambda batch: model(batch.tokens, batch.lengths))
+    return rewards.total(parts)
+
+
+def reward_folder(config: Config) -> Path | str | None:
+    """The reward model's folder; None where functions alone give the score."""
+    if config.reward and config.reward_model is None:
+        return None
+    return model_or_earlier(config.reward_model, "--reward-model", config.run / "reward" / "model")
+
+
+def main(config: Config) -> Path:
+    """Run the stage; returns the file of the winners."""
+    device = resolve_device(config.device)
+    folder = model_or_earlier(config.policy, "--policy", config.run / "sft" / "model")
+    output = config.run / config.stage / "best.jsonl"
+    for spec in config.reward:
+        rewards.load(spec)
+    scorer = reward_folder(config)
+    models = (folder,) if scorer is None else (folder, scorer)
+    files = [*data.local_files(config.prompts), *rewards.source_files(config.reward)]
+    stage = Stage(config.run / config.stage, config, inputs=files, models=models, resume=config.resume)
+    if stage.finished:
+        return output
+    prompts = [r["prompt"] for r in data.load(config.prompts, "prompts", split=config.split)]
+    encoding = tokenizer.load(folder)
+    policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    tokenizer.check_fits(encoding, policy.config.vocab_size, folder)
+    reward = reward_of(config, encoding, device)
+    room = min(read_config(model).n_positions for model in models) - config.max_new_tokens
+    require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
+    ids = data.encode_prompts(encoding, prompts, max_length=room)
+
+    with stage.begin(None, steps=1):
+        rows = [(i, k) for i in range(len(ids)) for k in range(config.candidates)]
+        samples = generate(
+            policy,
+            [ids[i] for i, _ in rows],
+            max_new_tokens=config.max_new_tokens,
+            eos_id=encoding.eot_token,
+            temperature=config.temperature,
+            seed=config.seed,
+            keys=[(Stream.REJECTION, i, k) for i, k in rows],
+            slots=SLOTS,
+        )
+        given = over_micro_batches(reward, samples, config.micro_batch_tokens)
+        require_finite(scores=given)
+        scores, finished = (x.view(len(ids), -1).cpu().numpy() for x in (given, samples.finished))
+        answers = [response_text(encoding, row) for row in samples.response_ids()]
+        finished &= np.array([bool(answer.strip()) for answer in answers]).reshape(finished.shape)
+        choices = {"best": choose(scores, finished), "random": choose_randomly(finished, seed=config.seed)}
+        origin = {"policy": source_hash(folder), "seed": config.seed}
+        for name, chosen in choices.items():
+            records = winners(prompts, answers, scores, chosen, origin | {"choice": name})
+            data.write_records(config.run / config.stage / f"{name}.jsonl", records)
+        metrics = statistics(scores, choices)
+        require(metrics["prompts"] > 0, "no answer finished: raise --max-new-tokens")
+        stage.finish(0, metrics, tokens=int(samples.lengths.sum()))
+    print(table(scores))
+    return output
+
+
+def winners(
+    prompts: Sequence[str], answers: Sequence[str], scores: np.ndarray, chosen: np.ndarray, origin: data.Record
+) -> list[data.Record]:
+    """A demonstration for each prompt with a chosen answer: the answer, its score, its origin."""
+    count = scores.shape[1]
+    return [
+        {"prompt": prompts[i], "response": answers[i * count + k], "score": float(scores[i, k]), **origin}
+        for i, k in enumerate(chosen.tolist())
+        if k >= 0
+    ]
+
+
+def statistics(scores: np.ndarray, choices: dict[str, np.ndarray]) -> dict[str, float]:
+    """Counts, and the mean scores of all candidates and of each choice."""
+    answered = choices["best"] >= 0
+    means = {
+        f"score_{name}": float(scores[answered, chosen[answered]].mean()) if answered.any() else 0.0
+        for name, chosen in choices.items()
+    }
+    return {
+        "prompts": int(answered.sum()),
+        "prompts_without_a_finished_answer": int((~answered).sum()),
+        "score": float(scores.mean()),
+        **means,
+    }
+
+
+def table(scores: np.ndarray) -> str:
+    """What the best of n would score, n = 1, 2, 4, ... up to the number of candidates, and the bound on its KL."""
+    count = scores.shape[1]
+    sizes = [2**power for power in range(count.bit_length()) if 2**power < count] + [count]
+    rows = [f"{'n':>4}{'score of the best of n':>24}{'KL at most (nats)':>20}"]
+    for n in sizes:
+        mean = best_of_n_mean(scores, scores, n).mean()
+        rows.append(f"{n:>4}{mean:>24.3f}{best_of_n_kl(n):>20.2f}")
+    return "\n".join(rows)
+
+
+if __name__ == "__main__":
+    run_script(main, PRESETS)

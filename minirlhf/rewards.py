@@ -1,0 +1,187 @@
+"""Rewards from any function of texts: `--reward package.module:function`, `(prompts, responses) -> scores`.
+
+    python train_ppo.py --reward minirlhf.rewards:arithmetic --advantages rloo --group-size 4 --prompts problems.jsonl
+
+Several are added up, and added to the score of a reward model where one is named as well. A function sees a part of a
+rollout at a time, in any order, so a response's score may depend on nothing but its prompt and itself.
+
+The worked example is a final answer that can be checked, as in ReFT (Luong et al. 2024, arXiv 2401.08967): `arithmetic`
+works the expression in the prompt out, and `AnswerKey` looks the answer up in a file of gsm8k's form:
+
+    # my_rewards.py
+    from minirlhf.rewards import AnswerKey
+    score = AnswerKey.read("gsm8k.train.jsonl.gz")        # --reward my_rewards:score --prompts gsm8k.train.jsonl.gz
+
+Left out: partial credit for the way to the answer. The reward says what is wanted, not how to get there.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import math
+import operator
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import tiktoken
+import torch
+from torch import Tensor
+
+from minirlhf import data, tokenizer
+from minirlhf.runtime import UserError, require
+
+RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+
+FORM = "must be package.module:function, e.g. minirlhf.rewards:arithmetic"
+
+
+# ------------------------------------------------------------------------------------------------- functions by name
+def load(spec: str) -> RewardFunction:
+    """The function that `package.module:function` names; raises UserError where there is none.
+
+    A module of the folder that the command is run in is found too, after those that are installed.
+    """
+    module_name, _, name = spec.partition(":")
+    require(re.fullmatch(r"\w+(\.\w+)*:\w+", spec) is not None, f"--reward {spec}: {FORM}")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, SyntaxError) as error:
+        raise UserError(f"--reward {spec}: cannot import {module_name}: {error}") from error
+    require(hasattr(module, name), f"--reward {spec}: nothing called {name} in {module.__file__}")
+    function = getattr(module, name)
+    require(callable(function), f"--reward {spec}: {name} is a {type(function).__name__}, and cannot be called")
+    return function
+
+
+def source_files(specs: Iterable[str]) -> list[Path]:
+    """The files of the modules that the specs name, once loaded: inputs of a stage like any other."""
+    modules = [sys.modules[spec.partition(":")[0]] for spec in specs]
+    return [Path(module.__file__) for module in modules if module.__file__]
+
+
+@dataclass(frozen=True)
+class FunctionReward:
+    """A function of texts as a function of a batch: `reward(batch)` -> (B,) float32 scores.
+
+    The function gets the texts without EOS; a prompt that was cut to fit the model, as it was cut.
+    Raises UserError where it gives another number of scores, or one that is not a finite number. Whatever it raises
+    itself is its author's to see, with traceback.
+    """
+
+    spec: str
+    function: RewardFunction
+    encoding: tiktoken.Encoding
+
+    def __call__(self, batch: data.Batch) -> Tensor:
+        prompts, responses = texts(self.encoding, batch)
+        given = self.function(prompts, responses)
+        where = f"--reward {self.spec}"
+        try:
+            scores = [float(score) for score in given]
+        except (TypeError, ValueError) as error:
+            raise UserError(f"{where}: must return one number a response, not {given!r:.60}") from error
+        require(len(scores) == len(responses), f"{where}: gave {len(scores)} scores for {len(responses)} responses")
+        for score, response in zip(scores, responses, strict=True):
+            require(math.isfinite(score), f"{where}: gave {score} to {response!r:.60}; a score must be a finite number")
+        return torch.tensor(scores, dtype=torch.float32, device=batch.tokens.device)
+
+
+def texts(encoding: tiktoken.Encoding, batch: data.Batch) -> tuple[list[str], list[str]]:
+    """Prompts and responses of a batch as texts, without EOS."""
+
+    def text(ids: Sequence[int]) -> str:
+        return tokenizer.decode(encoding, [i for i in ids if i != encoding.eot_token])
+
+    starts = zip(batch.tokens.tolist(), batch.prompt_lengths.tolist(), strict=True)
+    return [text(row[:length]) for row, length in starts], [text(ids) for ids in batch.response_ids()]
+
+
+def total(parts: Sequence[Callable[[data.Batch], Tensor]]) -> Callable[[data.Batch], Tensor]:
+    """The sum of several rewards; one alone is itself, bit for bit."""
+
+    def reward(batch: data.Batch) -> Tensor:
+        first, *others = (part(batch) for part in parts)
+        return sum(others, first)
+
+    return reward
+
+
+# ----------------------------------------------------------------------------------------------------- final answers
+FINAL = re.compile(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
+
+
+def final_answer(text: str) -> Fraction | None:
+    """The number after the last `####`, as gsm8k marks it: commas and a dollar sign do not count; None without one.
+
+    Exact, so that 3, 3.0 and 3.00 are one answer and 0.1 is not 0.10000001.
+    """
+    found = FINAL.findall(text)
+    return Fraction(found[-1].replace(",", "")) if found else None
+
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.USub: operator.neg}
+EXPRESSION = re.compile(r"-?\d+(?: *[-+*] *-?\d+)+")
+
+
+def work_out(expression: str) -> Fraction:
+    """The value of sums, differences and products of whole numbers, e.g. 3 + 4 * 5."""
+
+    def value(node: ast.AST) -> Fraction:
+        if isinstance(node, ast.Constant):
+            return Fraction(node.value)
+        if isinstance(node, ast.UnaryOp):
+            return OPERATORS[type(node.op)](value(node.operand))
+        return OPERATORS[type(node.op)](value(node.left), value(node.right))
+
+    return value(ast.parse(expression, mode="eval").body)
+
+
+def arithmetic(prompts: list[str], responses: list[str]) -> list[float]:
+    """1 where the final answer after `####` is the value of the prompt's last expression, else 0.
+
+    Raises UserError for a prompt without an expression such as 12 + 7 - 3.
+    """
+    scores = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        found = EXPRESSION.findall(prompt)
+        require(bool(found), f"no arithmetic in the prompt {prompt!r:.60}: this reward is for prompts like 12 + 7 - 3")
+        plain = re.sub(r"\b0+(?=\d)", "", found[-1])  # 007 is a number here, not a mistake
+        scores.append(float(final_answer(response) == work_out(plain)))
+    return scores
+
+
+class AnswerKey:
+    """Right or wrong by the final answers of known solutions: `key(prompts, responses)` -> 1 or 0 each.
+
+    solutions  (prompt, worked answer) pairs; one without a final answer, or two that differ, is a UserError
+    """
+
+    def __init__(self, solutions: Iterable[tuple[str, str]]) -> None:
+        self.answers: dict[str, Fraction] = {}
+        for prompt, solution in solutions:
+            answer = final_answer(solution)
+            require(answer is not None, f"a solution without `#### answer`, of the prompt {prompt!r:.60}")
+            same = self.answers.setdefault(prompt, answer) == answer
+            require(same, f"two final answers to the prompt {prompt!r:.60}: {self.answers[prompt]} and {answer}")
+
+    @classmethod
+    def read(cls, source: str, *, split: str = "") -> AnswerKey:
+        """From demonstrations, read as all stages read them, so that prompts are the same texts."""
+        return cls((r["prompt"], r["response"]) for r in data.load(source, "demonstrations", split=split))
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
+        for prompt in prompts:
+            known = prompt in self.answers
+            require(known, f"no known answer to the prompt {prompt!r:.60}; was it cut to fit the model?")
+        return [
+            float(final_answer(response) == self.answers[prompt])
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]
