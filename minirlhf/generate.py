@@ -9,7 +9,7 @@ than the one that is scored, and the mean of log pi - log pi_ref over them is no
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,12 +80,39 @@ def generate(
         lengths = prompt_lengths[rows]
         part = padded[rows, : int(lengths.max())]
         sampled[rows], logprobs[rows] = _decode(model, part, lengths, uniforms[rows], eos_id, temperature)
-    if not torch.isfinite(logprobs).all():
-        raise DivergenceError(
-            "generate: the model's logits are not finite, so its weights hold nan or inf, or are too large for their "
-            "number format; start from an earlier model, with a lower learning rate"
-        )
+    _require_finite(logprobs)
     return _assemble(padded, prompt_lengths, sampled, logprobs, eos_id)
+
+
+@torch.no_grad()
+def stream(
+    model: GPT,
+    prompt: Sequence[int],
+    *,
+    max_new_tokens: int,
+    eos_id: int | None,
+    temperature: float = 1.0,
+    seed: int = 0,
+    key: tuple[int, ...] = (0,),
+) -> Iterator[int]:
+    """The tokens of one response, each as soon as it is sampled, the EOS included.
+
+    They are those that `generate` samples for this prompt, seed and key; arguments and errors are the same.
+    Trap: nothing is checked or computed before the first token is asked for.
+    """
+    _check(model, [prompt], [key], max_new_tokens, eos_id, temperature, None)
+    device = model.wte.weight.device
+    uniforms = _uniforms(seed, [key], max_new_tokens).to(device)
+    cache = _new_cache(model, torch.tensor([len(prompt)], device=device), max_new_tokens)
+    hidden = model.hidden(_pad([prompt]).to(device), cache)[:, -1]  # (1, C)
+    for step in range(max_new_tokens):
+        tokens, logprobs = sample(F.linear(hidden, model.head_weight), uniforms[:, step], temperature=temperature)
+        _require_finite(logprobs)
+        token = int(tokens)
+        yield token
+        if token == eos_id or step + 1 == max_new_tokens:
+            return
+        hidden = model.hidden(tokens[:, None], cache)[:, 0]
 
 
 def sample(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
@@ -111,9 +138,7 @@ def _decode(
 ) -> tuple[Tensor, Tensor]:
     """Tokens and log-probs (B, max_new_tokens) of one batch; what follows a row's EOS means nothing."""
     steps = uniforms.shape[1]
-    kind, weight = prompts.device.type, model.wte.weight
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
-    cache = KVCache(model.config, lengths, int(lengths.max()) + steps - 1, dtype=dtype)  # the last is not fed back
+    cache = _new_cache(model, lengths, steps)
     rows = torch.arange(len(prompts), device=prompts.device)  # of the rows in the cache
     alive = torch.ones_like(rows, dtype=torch.bool)
     results: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -137,6 +162,21 @@ def _decode(
     for step, (index, tokens, logprobs) in enumerate(results):
         sampled[index, step], recorded[index, step] = tokens, logprobs
     return sampled, recorded
+
+
+def _new_cache(model: GPT, lengths: Tensor, steps: int) -> KVCache:
+    """An empty cache for prompts of these lengths and `steps` more tokens, in the number format of the forward."""
+    kind, dtype = lengths.device.type, model.wte.weight.dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
+    return KVCache(model.config, lengths, int(lengths.max()) + steps - 1, dtype=dtype)  # the last is not fed back
+
+
+def _require_finite(logprobs: Tensor) -> None:
+    if not torch.isfinite(logprobs).all():
+        raise DivergenceError(
+            "generate: the model's logits are not finite, so its weights hold nan or inf, or are too large for their "
+            "number format; start from an earlier model, with a lower learning rate"
+        )
 
 
 def _assemble(

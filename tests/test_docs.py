@@ -1,0 +1,169 @@
+"""The pages in docs/: every name on them exists, every logged number is explained, and their Python runs."""
+
+from __future__ import annotations
+
+import ast
+import functools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+
+import train_dpo
+import train_ppo
+from minirlhf import evaluate
+from minirlhf.data import readers
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+CHAPTERS = [page for page in PAGES if page.name[0].isdigit()]
+GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+
+
+# ------------------------------------------------------------------------------------------------------------ glossary
+def explained() -> dict[str, set[str]]:
+    """The names in the glossary, by the file that its heading gives."""
+    found: dict[str, set[str]] = {}
+    for section in GLOSSARY.split("\n## ")[1:]:
+        heading, *lines = section.splitlines()
+        names = [match[1] for line in lines if (match := re.match(r"\| `(\w+)` \|", line))]
+        assert len(set(names)) == len(names), f"a name twice under {heading}"
+        found[re.search(r"`(.+)`", heading)[1]] = set(names)
+    return found
+
+
+def logged(file: Path) -> set[str]:
+    return {name for line in file.read_text().splitlines() for name in json.loads(line)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, with PPO a second time under the settings that log something more, and an evaluation."""
+    stages = ("sft", "feedback", "reward", "ppo", "dpo")
+    run = tiny.copy_of(tiny.finished_run(), tmp_path_factory.mktemp("docs") / "run", *stages)
+    more = {"kl_in": "loss", "ptx_data": str(run / "train.jsonl"), "ptx_coefficient": 0.1}
+    tiny.run_stage("ppo", run, stage="ppo-more", iterations=1, **more)
+    settings = {"prompts": run / "prompts.jsonl", "max_prompts": 4, "best_of": (2,), "max_new_tokens": tiny.LONGEST}
+    evaluate.main(evaluate.Config(run=run, device="cpu", **settings))
+    return run
+
+
+def numbers(run: Path) -> dict[str, set[str]]:
+    """The names of all numbers that a run's files hold, by file, as the glossary has them."""
+    rows = {stage: logged(run / stage / "metrics.jsonl") for stage in ("sft", "feedback", "reward", "ppo", "dpo")}
+    rows["ppo"] |= logged(run / "ppo-more" / "metrics.jsonl")
+    found = {f"{stage}/metrics.jsonl": names - {"step"} for stage, names in rows.items()}
+    found["metrics.jsonl"] = set.intersection(*rows.values())
+    found["timing.jsonl"] = logged(run / "sft" / "timing.jsonl")
+    found["reward/normalisation.json"] = set(json.loads((run / "reward" / "normalisation.json").read_text())["after"])
+    summary = json.loads((run / "summary.json").read_text())
+    found["summary.json"] = set(summary) | {name for row in summary["models"].values() for name in row}
+    return found
+
+
+def test_the_glossary_explains_what_is_logged_and_nothing_else(run: Path) -> None:
+    there = numbers(run)
+    for file, names in explained().items():
+        assert there[file] - names == set(), f"{file}: logged and not explained"
+        assert names - there[file] == set(), f"{file}: explained and not logged"
+    assert explained().keys() == there.keys()
+
+
+# --------------------------------------------------------------------------------------------------------------- names
+@functools.cache
+def defined(file: Path) -> set[str]:
+    """The functions, classes, methods and module-level names of a source file."""
+    names = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign):
+            names |= {target.id for target in node.targets if isinstance(target, ast.Name)}
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return names
+
+
+def code_names(page: Path) -> list[tuple[str, str]]:
+    """Each `file.py: name` of a page."""
+    return re.findall(r"`([\w/.-]+\.py): ([\w.]+)`", page.read_text(encoding="utf-8"))
+
+
+def test_every_function_and_test_that_a_page_names_exists() -> None:
+    for page in PAGES:
+        for file, name in code_names(page):
+            assert (ROOT / file).is_file(), f"{page.name}: no file {file}"
+            assert name in defined(ROOT / file), f"{page.name}: {file} has no {name}"
+
+
+def test_every_row_of_the_tables_names_code() -> None:
+    rows = [line for line in GLOSSARY.splitlines() if line.startswith("| `")]
+    assert all(re.search(r"`[\w/.-]+\.py: [\w.]+` \|$", row) for row in rows)
+    lines = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8").splitlines()
+    rows = [line for line in lines if line.startswith("| ") and not line.startswith(("| equation", "| ---"))]
+    for row in rows:
+        function, test = re.findall(r"`([\w/.-]+\.py): ([\w.]+)`", row)
+        assert not function[0].startswith("tests/") and test[0].startswith("tests/test_"), row
+        assert f"({'../' + function[0]})" in row, f"the link leads elsewhere: {row}"
+
+
+def test_every_loss_has_its_row() -> None:
+    named = {name for file, name in code_names(ROOT / "docs" / "equations.md") if file.startswith("minirlhf/")}
+    for module in ("dpo", "bradley_terry", "ppo"):
+        losses = {name for name in defined(ROOT / "minirlhf" / f"{module}.py") if name.endswith("_loss")}
+        assert losses <= named, f"{module}: {losses - named} not in equations.md"
+
+
+def test_links_lead_somewhere() -> None:
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
+            path, _, anchor = target.partition("#")
+            if path.startswith("http"):
+                continue
+            file = (page.parent / path).resolve() if path else page
+            assert file.exists(), f"{page.name}: {target} leads nowhere"
+            headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M) if anchor else []
+            slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+            assert not anchor or anchor in slugs, f"{page.name}: {target} has no such heading"
+
+
+# ------------------------------------------------------------------------------------------------------------ chapters
+def test_chapters_are_numbered_and_linked_in_reading_order() -> None:
+    assert [page.name[0] for page in CHAPTERS] == [str(n) for n in range(1, 7)]
+    for page, following in zip(CHAPTERS, CHAPTERS[1:], strict=False):
+        assert f"]({following.name})" in page.read_text(encoding="utf-8").splitlines()[-1], (
+            f"{page.name} ends elsewhere"
+        )
+
+
+@pytest.mark.parametrize("page", CHAPTERS, ids=lambda page: page.stem)
+def test_a_chapter_has_its_parts_and_takes_a_quarter_of_an_hour(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    parts = ("The objective", "The equation", "Where it is", "What to watch", "What goes wrong", "Exercises")
+    headings = re.findall(r"^## (.+)$", text, re.M)
+    assert [h for h in headings if h in parts] == list(parts)
+    assert text.count("<summary>Solution</summary>") == 2
+    assert len(text.split()) < 15 * 150, "at 150 words a minute, which is slow, because there is mathematics in it"
+
+
+# ------------------------------------------------------------------------------------------------------- code that runs
+def python_blocks(page: Path) -> list[tuple[int, str]]:
+    """The Python blocks of a page with the lines they begin at."""
+    text = page.read_text(encoding="utf-8")
+    return [(text[: m.start()].count("\n") + 1, m[1]) for m in re.finditer(r"```python\n(.*?)```", text, re.S)]
+
+
+@pytest.mark.parametrize("page", [*CHAPTERS, ROOT / "docs" / "extending.md"], ids=lambda page: page.stem)
+def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.copy_of(tiny.finished_run(), tmp_path / "runs" / "tiny", "sft", "feedback", "reward")
+    monkeypatch.chdir(tmp_path)
+    for module, name in ((train_dpo, "dpo_loss"), (train_ppo, "reward_function"), (readers, "FORMATS")):
+        monkeypatch.setattr(module, name, getattr(module, name))  # what the page replaces comes back
+    namespace: dict[str, object] = {"__name__": page.stem}
+    for line, block in python_blocks(page):
+        exec(compile("\n" * line + block, str(page), "exec"), namespace)
+    if page.stem == "extending":
+        assert logged(Path("runs/tiny/dpo-positive/metrics.jsonl"))
+        assert Path("runs/tiny/ppo-brief/model/model.safetensors").is_file()
