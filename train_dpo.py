@@ -4,7 +4,7 @@ Minimises, over all (better, worse) pairs of each ranking, with log-probabilitie
 
     L = - mean over pairs of log sigmoid( beta [ log pi/pi_sft (better) - log pi/pi_sft (worse) ] )
 
-    python train_dpo.py                     # after train_sft.py and `python -m minirlhf.feedback`, about 45 seconds
+    python train_dpo.py                     # after train_sft.py and `python -m minirlhf.feedback`, about 30 seconds
     python train_dpo.py --beta 0.02         # a weak pull to the SFT model: over-optimises
 
 The reference's log-probabilities are computed once, before the first step, and all responses of a ranking go through

@@ -67,7 +67,7 @@ class Config(Settings):
     """Answers sampled to normalise the score; where there are fewer prompts, they are asked more than once."""
     max_new_tokens: Count = 32
     """Length limit of those answers in tokens."""
-    epochs: Positive = 5.0
+    epochs: Positive = 4.0
     """Passes over the prompts. Many overfit to the labels; watch the held-out loss."""
     objective: Form = "pairs"
     """What explains a ranking: all its `pairs`, those of the `best-against-rest`, or choosing the best, then the next

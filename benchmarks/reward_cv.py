@@ -47,9 +47,8 @@ def held_out_margins(
     """Margins of the held-out pairs by each member, trained on the known ones alone."""
     training, judged = (comparisons(encoding, records, config.prompt_tokens) for records in (known, held_out))
     seeds = [1000 * config.seed + 100 * fold + member for member in range(config.members)]
-    # A trunk that is trained is shared by the members, as an SFT model would be; random ones are drawn for each.
-    shared = train_trunk(encoding, known, config, seeds[0]) if config.trunk != "random" else None
-    models = (train(shared or train_trunk(encoding, known, config, seed), training, config, seed) for seed in seeds)
+    # Each member has a trunk of its own: members that share one make the same mistakes.
+    models = (train(train_trunk(encoding, known, config, seed), training, config, seed) for seed in seeds)
     return {"margins": [[round(m, 5) for m in margins(model, judged).tolist()] for model in models]}
 
 
