@@ -4,7 +4,7 @@ Minimises the mean negative log-likelihood of the response tokens, the closing E
 
     L = - sum_i sum_t log pi(y_it | x_i, y_i<t) / sum_i |y_i|
 
-    python train_sft.py                     # embedded world, small CPU model, about 45 seconds on two cores
+    python train_sft.py                     # embedded world, small CPU model, about 40 seconds on two cores
     python train_sft.py --preset gpt2 --train demonstrations.jsonl
     torchrun --nproc-per-node 2 train_sft.py
 

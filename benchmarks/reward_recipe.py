@@ -39,6 +39,8 @@ class Recipe:
     members        reward models whose scores are averaged
     epochs         passes over the training pairs
     learning_rate  its peak; warms up over 10 steps, then falls linearly to 0
+    trunk          what the trunk was trained on before, always in the training folds: nothing (`random`), the chosen
+                   responses (`sft`), or all tokens of both sides (`texts`)
     """
 
     vocabulary: int
@@ -46,13 +48,14 @@ class Recipe:
     members: int
     epochs: float
     learning_rate: float
+    trunk: Literal["random", "sft", "texts"] = "random"
 
 
 # People disagree about helpful and harmless: there, more passes learn the labels by heart and hold no better.
 RECIPES = {
     "helpful": Recipe(2048, tuple(FILES), members=6, epochs=2.0, learning_rate=5e-4),
     "harmless": Recipe(2048, tuple(FILES), members=6, epochs=2.0, learning_rate=5e-4),
-    "polite": Recipe(4096, ("polite",), members=6, epochs=5.0, learning_rate=1e-3),
+    "polite": Recipe(4096, ("polite",), members=6, epochs=5.0, learning_rate=1e-3, trunk="texts"),
 }
 
 
@@ -74,9 +77,8 @@ class Config:
     """Factor of the initial position embeddings."""
     prompt_tokens: int = 4
     """Last tokens of the prompt that the reward model reads."""
-    trunk: Literal["random", "sft", "texts"] = "random"
-    """What the trunk was trained on before, always in the training folds: nothing, the chosen responses, or all tokens
-    of both sides."""
+    trunk: Literal["random", "sft", "texts"] | None = None
+    """As in RECIPES."""
     trunk_epochs: float = 3.0
     """Passes of that training."""
     trunk_learning_rate: float = 3e-3

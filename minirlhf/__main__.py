@@ -1,6 +1,6 @@
 """The whole pipeline on the embedded world: SFT, feedback, reward model, PPO, DPO, evaluation.
 
-    python -m minirlhf                      # about four minutes on two CPU cores, everything under runs/tiny
+    python -m minirlhf                      # about three minutes on two CPU cores, everything under runs/tiny
     python -m minirlhf --run runs/second --seed 1
     python -m minirlhf --resume             # go on after an interruption: finished stages are left as they are
 
