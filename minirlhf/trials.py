@@ -54,7 +54,7 @@ def run_trials(
     left = [name for name, figures in known.items() if figures is None and name not in failed]
     if left:
         print(f"{folder}: {len(left)} of {len(trials)} trials are left; the same command goes on with them")
-    require(not failed, f"{folder}: {', '.join(sorted(failed))} failed, see error.txt there; the same command tries again")
+    require(not failed, f"{folder}: {', '.join(sorted(failed))} failed, see error.txt; the same command tries again")
     return {name: figures for name, figures in known.items() if figures is not None}
 
 
