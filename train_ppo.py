@@ -10,7 +10,8 @@ Maximises, by clipped policy gradients with advantages from GAE,
     python train_ppo.py --advantages rloo --group-size 4      # no value model: a prompt's responses are compared
 
 Each iteration samples a rollout, turns scores and per-token KL into rewards, estimates advantages once, and takes a few
-epochs of shuffled minibatches. Expect the score to rise by one to two deviations at a KL of a few nats.
+epochs of shuffled minibatches: this file is the loop, minirlhf/experience.py the rewards and advantages, and
+minirlhf/ppo_update.py the update. Expect the score to rise by one to two deviations at a KL of a few nats.
 Only `--advantages gae` has a value model; the others are in minirlhf/advantages.py. With one epoch of one minibatch the
 ratio is 1, and the update is a plain policy gradient.
 Left out: an entropy bonus and a shared trunk for policy and value; neither is needed at these sizes.
@@ -28,18 +29,20 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from minirlhf import data, ops, ppo, processes, rewards, tokenizer
-from minirlhf.advantages import RunningBaseline, grpo, grpo_no_std, kl_loss, per_token, reinforce, rloo
+from minirlhf import data, ppo, processes, rewards, tokenizer
+from minirlhf.advantages import RunningBaseline
 from minirlhf.ensemble import Aggregate, RewardEnsemble
+from minirlhf.experience import GROUPED, Experience, learn_from, learn_without_values, rollout_metrics
 from minirlhf.hub import model_folder, model_or_earlier
 from minirlhf.model import GPT, read_config
 from minirlhf.model_card import write_model_card
-from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
+from minirlhf.optim import adamw, linear_schedule, set_learning_rate
+from minirlhf.ppo_update import State, beta_now, update
 from minirlhf.reward import RewardModel, ValueModel
 from minirlhf.rollout import Rollout, collect
 from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
 from minirlhf.settings import Count, Finite, FolderName, Fraction, NotNegative, Positive, Seed, Settings, TokenBudget
-from minirlhf.stage import Stage, require_finite
+from minirlhf.stage import Stage
 
 
 @dataclass
@@ -154,31 +157,6 @@ PRESETS = {
 }
 
 
-GROUPED = {"rloo": rloo, "grpo": grpo, "grpo-no-std": grpo_no_std}  # these compare the responses to a prompt
-
-
-@dataclass
-class Experience(Rollout):
-    """A rollout with what the update learns from it, (B, T-1) each: advantages, and returns (0 without values)."""
-
-    advantages: Tensor
-    returns: Tensor
-
-
-@dataclass
-class State:
-    """All that changes while the stage runs. Prompt order and random streams are functions of `iteration`."""
-
-    policy: GPT
-    value_model: ValueModel | None  # None where the advantages need no values
-    policy_optimizer: torch.optim.Optimizer
-    value_optimizer: torch.optim.Optimizer | None
-    kl_controller: ppo.AdaptiveKL | None
-    iteration: int = 0
-    fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
-    baseline: RunningBaseline | None = None  # reinforce's
-
-
 def check_settings(config: Config) -> None:
     """Raise UserError where two settings do not fit each other."""
     name, k = config.advantages, config.group_size
@@ -196,151 +174,6 @@ def check_settings(config: Config) -> None:
     require((config.ptx_data is not None) == (config.ptx_coefficient > 0), both)
 
 
-def beta_now(state: State, config: Config) -> float:
-    """The coefficient of the KL penalty in this iteration."""
-    return state.kl_controller.beta if state.kl_controller else config.beta
-
-
-def learn_from(rollout: Rollout, *, beta: float, gamma: float, lam: float, whiten_rewards: bool) -> Experience:
-    """Rewards with the KL penalty, then GAE; advantages are whitened over the whole rollout, after the returns."""
-    mask = rollout.mask
-    rewards = ppo.kl_penalised_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, mask, beta=beta)
-    if whiten_rewards:
-        rewards = ops.rescale(rewards, mask)
-    advantages, returns = ppo.gae(rewards, rollout.values, mask, gamma=gamma, lam=lam)
-    advantages = ops.whiten(advantages, mask)
-    require_finite(scores=rollout.scores, rewards=rewards, advantages=advantages, returns=returns)
-    return Experience(**vars(rollout), advantages=advantages, returns=returns)
-
-
-def learn_without_values(
-    rollout: Rollout, *, advantages: str, beta: float, baseline: RunningBaseline | None
-) -> Experience:
-    """One reward a response, its score less beta KL, then one advantage a response, at each of its tokens alike."""
-    mask = rollout.mask
-    rewards = ppo.kl_penalised_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, mask, beta=beta)
-    rewards = rewards.sum(dim=1)
-    if advantages in GROUPED:
-        each = GROUPED[advantages](rewards, rollout.groups)
-    else:
-        each = reinforce(rewards, baseline=baseline.value)
-    require_finite(scores=rollout.scores, rewards=rewards, advantages=each)
-    return Experience(**vars(rollout), advantages=per_token(each, mask), returns=torch.zeros_like(rollout.values))
-
-
-def summed_metrics(state: State, config: Config) -> list[str]:
-    """What a step measures as sums over tokens, each divided by the tokens of the whole minibatch."""
-    names = ["policy_loss", *(["value_loss"] if state.value_model else [])]
-    names += ["kl_loss"] if config.kl_in == "loss" else []
-    names += ["entropy", "approximate_kl", "clip_fraction", "ratio"]
-    return names + (["value_clip_fraction", "value_error"] if state.value_model else [])
-
-
-def part_losses(
-    state: State, part: Experience, config: Config, tokens: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The losses of a micro-batch of a minibatch with so many `tokens`, with gradient, and what else to log of it."""
-    mask = part.mask
-    logprobs, entropy = state.policy.logprobs_and_entropy(part.tokens, mask, temperature=config.temperature)
-    old = (part.old_logprobs, part.advantages, mask)
-    losses = {"policy_loss": ppo.policy_loss(logprobs, *old, clip=config.clip, denominator=tokens)}
-    seen = {
-        "entropy": ops.masked_mean(entropy, mask, denominator=tokens),
-        **ppo.policy_diagnostics(logprobs, *old, clip=config.clip, denominator=tokens),
-    }
-    if state.value_model is not None:
-        values = state.value_model(part.tokens, mask)
-        targets = (part.values, part.returns, mask)
-        losses["value_loss"] = ppo.value_loss(values, *targets, clip=config.value_clip, denominator=tokens)
-        seen |= ppo.value_diagnostics(values, *targets, clip=config.value_clip, denominator=tokens)
-    if config.kl_in == "loss":
-        kind = config.kl_estimator
-        kl = kl_loss(logprobs, part.ref_logprobs, mask, estimator=kind, denominator=tokens)
-        losses["kl_loss"] = beta_now(state, config) * kl
-    return losses, seen
-
-
-def train_step(
-    state: State, minibatch: Experience, config: Config, *, pretraining: data.Batch | None = None
-) -> dict[str, Tensor]:
-    """One optimizer step of policy and value model; losses are means over all tokens of the minibatch."""
-    tokens = minibatch.mask.sum()  # over micro-batches and processes
-    sums = dict.fromkeys(summed_metrics(state, config), torch.zeros(()))
-    ratio_deviation = torch.zeros(())
-    models = {"policy": (state.policy, state.policy_optimizer), "value": (state.value_model, state.value_optimizer)}
-    trained = {name: pair for name, pair in models.items() if pair[0] is not None}
-    for _, optimizer in trained.values():
-        optimizer.zero_grad(set_to_none=True)
-    for index in data.own_micro_batches(minibatch.lengths, config.micro_batch_tokens):
-        losses, seen = part_losses(state, minibatch.rows(index.to(tokens.device)), config, tokens)
-        sum(losses.values()).backward()  # policy and value model share no parameter
-        seen = {**{name: loss.detach() for name, loss in losses.items()}, **seen}
-        ratio_deviation = torch.maximum(ratio_deviation, seen.pop("ratio_deviation").cpu())
-        sums = {name: value + seen[name].cpu() for name, value in sums.items()}  # one order in all processes
-    if pretraining is not None:
-        sums["ptx_loss"] = pretraining_gradient(state.policy, pretraining, config)
-    sums = processes.sum_each(sums)
-    require_finite(**{name: value for name, value in sums.items() if name.endswith("_loss")})
-    for model, _ in trained.values():
-        processes.sum_gradients(model)
-    for name, (model, _) in trained.items():
-        sums[f"{name}_grad_norm"] = clip_gradients(model, config.max_grad_norm)
-    for _, optimizer in trained.values():
-        optimizer.step()
-    return {**sums, "ratio_deviation": processes.all_max(ratio_deviation.double())}
-
-
-def pretraining_gradient(policy: GPT, batch: data.Batch, config: Config) -> Tensor:
-    """Add the gradient of coefficient * mean negative log-likelihood of the texts; returns this loss.
-
-    Ouyang et al. 2022, eq. 2: the term E_pretraining[log pi(x)] of PPO-ptx. Temperature 1, as in train_sft.py.
-    """
-    tokens, total = batch.mask.sum(), torch.zeros(())
-    for index in data.own_micro_batches(batch.lengths, config.micro_batch_tokens):
-        part = batch.rows(index.to(tokens.device))
-        logprobs = policy.logprobs(part.tokens, part.mask)
-        loss = -config.ptx_coefficient * ops.masked_mean(logprobs, part.mask, denominator=tokens)
-        loss.backward()
-        total = total + loss.detach().cpu()
-    return total
-
-
-def update(
-    state: State, experience: Experience, config: Config, *, texts: Sequence[data.Example] = ()
-) -> dict[str, Tensor | float]:
-    """Several epochs over the rollout in shuffled minibatches; every row once an epoch. Means over the steps.
-
-    texts  of PPO-ptx; each step draws as many as its minibatch has rows, or all
-    """
-    rows: list[dict[str, Tensor]] = []
-    for epoch in range(config.epochs):
-        key = (config.seed, Stream.MINIBATCH, state.iteration, epoch)
-        order = torch.tensor(data.permutation(len(experience), *key))
-        parts = order.tensor_split(min(config.minibatches, len(order)))  # an epoch's last rollout may be small
-        for number, index in enumerate(parts):
-            minibatch = experience.rows(index.to(experience.tokens.device))
-            key = (config.seed, Stream.PRETRAINING, state.iteration, epoch, number)
-            drawn = draw(texts, len(minibatch), *key, device=minibatch.tokens.device)
-            rows.append(train_step(state, minibatch, config, pretraining=drawn))
-            if config.stop_kl is not None and rows[-1]["approximate_kl"] > config.stop_kl:
-                return _means(rows)
-    return _means(rows)
-
-
-def draw(examples: Sequence[data.Example], count: int, *key: int, device: torch.device) -> data.Batch | None:
-    """`count` different examples, or all of fewer, chosen by the key alone; None of none."""
-    order = data.permutation(len(examples), *key)[:count]
-    return data.pad([examples[i] for i in order]).to(device) if order else None
-
-
-def _means(rows: list[dict[str, Tensor]]) -> dict[str, Tensor | float]:
-    first = rows[0].pop("ratio_deviation")
-    for row in rows[1:]:
-        row.pop("ratio_deviation")
-    means = {name: torch.stack([row[name].cpu() for row in rows]).mean() for name in rows[0]}
-    return {**means, "first_ratio_deviation": first, "optimizer_steps": len(rows)}
-
-
 def end_iteration(state: State, *, kl: float, responses: int, reward: float) -> None:
     """Steer an adaptive beta by the rollout's KL (nats a response), and a running baseline by its mean reward.
 
@@ -351,20 +184,6 @@ def end_iteration(state: State, *, kl: float, responses: int, reward: float) -> 
     if state.baseline:
         state.baseline.update(reward)
     state.iteration += 1
-
-
-def rollout_metrics(rollout: Rollout, experience: Experience, *, valued: bool = True) -> dict[str, Tensor]:
-    """What the policy did before this iteration's update; `valued` says that there is a value model to measure."""
-    mask = rollout.mask
-    explained = {"explained_variance": ppo.explained_variance(rollout.values, experience.returns, mask)}
-    return {
-        "score": rollout.scores.mean(),
-        "kl": ppo.sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, mask),
-        "response_length": mask.sum(dim=1).float().mean(),
-        "eos_rate": rollout.finished.float().mean(),
-        **(explained if valued else {}),
-        "sampling_gap": rollout.sampling_gap.max(),
-    }
 
 
 def reward_function(model: RewardModel | RewardEnsemble) -> Callable[[data.Batch], Tensor]:

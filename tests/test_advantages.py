@@ -23,7 +23,7 @@ from torch import Tensor
 
 import train_ppo
 import train_sft
-from minirlhf import checkpoint, data, ppo
+from minirlhf import checkpoint, data, ppo, ppo_update
 from minirlhf.advantages import RunningBaseline, grpo, grpo_no_std, kl_loss, per_token, reinforce, rloo
 from minirlhf.metrics import read_rows
 from minirlhf.model import GPT
@@ -473,7 +473,7 @@ def test_ptx_adds_the_gradient_of_the_pretraining_loss() -> None:
         state = train_ppo.State(policy, None, adamw(policy, learning_rate=1e-2, eps=1e-5), None, None)
         changes = {"ptx_coefficient": 2.5, "ptx_data": "texts", "max_grad_norm": 1e9, "micro_batch_tokens": tokens}
         config = replace(tiny.ppo_config(run), **SETTINGS["rloo"], **changes)
-        metrics = train_ppo.train_step(state, minibatch, config, pretraining=data.pad(texts))
+        metrics = ppo_update.train_step(state, minibatch, config, pretraining=data.pad(texts))
         assert metrics["ptx_loss"].item() == pytest.approx(2.5 * seen["loss"].item(), rel=1e-5)
         assert float(metrics["policy_grad_norm"]) == pytest.approx(2.5 * float(seen["grad_norm"]), rel=1e-4)
     with_policy = torch.where(rollout.mask, doubles([1.0, -1.0, 0.5])[:, None], 0.0).float()
@@ -481,7 +481,7 @@ def test_ptx_adds_the_gradient_of_the_pretraining_loss() -> None:
     for pretraining in (None, data.pad(texts)):
         policy = GPT.from_pretrained(run / "sft" / "model")
         state = train_ppo.State(policy, None, adamw(policy, learning_rate=0.0), None, None)
-        metrics = train_ppo.train_step(
+        metrics = ppo_update.train_step(
             state, replace(minibatch, advantages=with_policy), config, pretraining=pretraining
         )
         norms.append({name: p.grad.clone() for name, p in policy.named_parameters()})
@@ -493,7 +493,7 @@ def test_ptx_adds_the_gradient_of_the_pretraining_loss() -> None:
 def test_ptx_texts_are_drawn_anew_each_step_and_by_the_seed_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = tiny.spy(monkeypatch, train_ppo, "train_step")
+    steps = tiny.spy(monkeypatch, ppo_update, "train_step")
     drawn = []
     for name, seed in (("a", tiny.SEED), ("b", tiny.SEED), ("c", 9)):
         run = tiny.copy_of(tiny.finished_run(), tmp_path / name, "sft", "reward")

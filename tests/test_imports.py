@@ -26,8 +26,10 @@ FLOORS = [
     {"generate"},
     {"rewards"},
     {"rollout", "objective"},
+    {"experience"},
+    {"ppo_update"},
     {"feedback"},
-    {"evaluate", "report", "calibration", "rejection", "chat", "dialogue"},
+    {"evaluate", "report", "calibration", "rejection", "chat", "dialogue", "trials"},
     {"train_sft", "train_reward", "train_ppo", "train_dpo"},
     {"__main__"},
 ]

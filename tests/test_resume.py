@@ -24,13 +24,14 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import __main__ as pipeline
-from minirlhf import checkpoint, objective, stage
+from minirlhf import checkpoint, objective, ops, ppo, ppo_update, stage
 from minirlhf.checkpoint import store
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.metrics import read_rows
 from minirlhf.runtime import DivergenceError, Interrupted, UserError, held_signals, interruptible, run_script
 
 MODULES = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "dpo": train_dpo}
+STEP_OWNERS = MODULES | {"ppo": ppo_update}  # where a stage's `train_step` is called
 NEEDS = {"sft": (), "reward": ("sft", "feedback"), "ppo": ("sft", "reward"), "dpo": ("sft", "feedback")}
 # checkpoint_every, and the calls of `train_step` at which to stop: PPO makes four in each of its three iterations.
 EVERY = {"sft": 4, "reward": 2, "ppo": 1, "dpo": 2}
@@ -117,7 +118,7 @@ def test_stopped_within_a_step_and_resumed_ends_with_the_same_bits(
     folder = new_run(name, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         # After the optimizer's work, so that what is saved must be the state from before it.
-        stop_at(patch, MODULES[name], "train_step", calls, after=True)
+        stop_at(patch, STEP_OWNERS[name], "train_step", calls, after=True)
         with pytest.raises(Stop):
             run(name, folder)
     done = (calls - 1) // 4 if name == "ppo" else calls - 1
@@ -148,7 +149,7 @@ def test_killed_while_saving_and_resumed_ends_with_the_same_bits(
 def test_killed_between_checkpoints_drops_the_rows_since_the_last(name: str, whole: Callable, tmp_path: Path) -> None:
     folder = new_run(name, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, MODULES[name], "train_step", 10 if name == "ppo" else 5, after=True)
+        stop_at(patch, STEP_OWNERS[name], "train_step", 10 if name == "ppo" else 5, after=True)
         patch.setattr(stage.Stage, "_save_last", lambda self: None)
         with pytest.raises(Stop):
             run(name, folder, checkpoint_every=1 if name == "ppo" else 3)
@@ -235,7 +236,7 @@ def test_the_pipeline_skips_what_is_finished_and_resumes_the_rest(tmp_path: Path
         patch.setattr(pipeline, "plot_curves", lambda run: run)
         patch.setattr(pipeline, "fresh_folder", lambda run: run)  # the inputs are in it
         with pytest.MonkeyPatch.context() as inner:
-            stop_at(inner, train_ppo, "train_step", 6)
+            stop_at(inner, ppo_update, "train_step", 6)
             with pytest.raises(Stop):
                 pipeline.main(pipeline.Config(run=tmp_path, device="cpu"))
         assert ran == ["sft", "feedback", "reward", "ppo"]
@@ -297,7 +298,8 @@ def test_a_signal_drops_the_unfinished_step_and_saves_the_last(
     name: str, function: str, calls: int, number: int, step: int, tmp_path: Path, whole: Callable
 ) -> None:
     folder = new_run(name, tmp_path)
-    original, seen = getattr(MODULES[name], function), []
+    owner = (STEP_OWNERS if function == "train_step" else MODULES)[name]
+    original, seen = getattr(owner, function), []
 
     def waiting(*args: object, **kwargs: object) -> object:
         seen.append(None)
@@ -307,7 +309,7 @@ def test_a_signal_drops_the_unfinished_step_and_saves_the_last(
         return original(*args, **kwargs)
 
     def script() -> None:
-        setattr(MODULES[name], function, waiting)
+        setattr(owner, function, waiting)
         sys.argv = ["script.py"]
         run_script(lambda _: run(name, folder, checkpoint_every=1000), {"tiny": tiny.STAGES[name][1](folder)})
 
@@ -358,10 +360,10 @@ def poison(patch: pytest.MonkeyPatch, name: str, value: float) -> str:
         "sft": (train_sft, "masked_mean"),
         "reward": (objective, "bradley_terry_loss"),
         "dpo": (train_dpo, "dpo_loss"),
-        "ppo": (train_ppo.ppo, "policy_loss"),
+        "ppo": (ppo, "policy_loss"),
     }[name]
     original, state = getattr(module, function), []
-    step = MODULES[name].train_step
+    step = STEP_OWNERS[name].train_step
 
     def counted(*args: object, **kwargs: object) -> object:
         state.append(None)
@@ -371,7 +373,7 @@ def poison(patch: pytest.MonkeyPatch, name: str, value: float) -> str:
         loss = original(*args, **kwargs)
         return loss * value if len(state) >= 3 else loss
 
-    patch.setattr(MODULES[name], "train_step", counted)
+    patch.setattr(STEP_OWNERS[name], "train_step", counted)
     patch.setattr(module, function, poisoned)
     return "policy loss" if name == "ppo" else "loss"
 
@@ -400,7 +402,7 @@ def test_scores_and_advantages_that_are_not_finite_stop_ppo(
         monkeypatch.setattr(train_ppo, "reward_function", lambda _: lambda b: torch.full((len(b),), float("nan")))
         changes = {"missing_eos_score": None}
     else:
-        monkeypatch.setattr(train_ppo.ops, "whiten", lambda x, mask: x / 0)
+        monkeypatch.setattr(ops, "whiten", lambda x, mask: x / 0)
         changes = {}
     with pytest.raises(DivergenceError, match=f"^ppo, step 0: {what} "):
         run("ppo", folder, **changes)

@@ -21,7 +21,7 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data
+from minirlhf import data, ppo_update
 from minirlhf.generate import generate
 from minirlhf.metrics import read_rows
 from minirlhf.model import GPT, GPTConfig
@@ -474,7 +474,7 @@ def test_the_ratio_deviation_is_the_largest_of_all_micro_batches(longest: bool, 
         policy, value_model, adamw(policy, learning_rate=0.0), adamw(value_model, learning_rate=0.0), None
     )
     config = replace(tiny.ppo_config(ppo.run), micro_batch_tokens=1)
-    metrics = train_ppo.train_step(state, experience, config)
+    metrics = ppo_update.train_step(state, experience, config)
     assert metrics["ratio_deviation"].item() == pytest.approx(0.5, abs=1e-4)
 
 
@@ -505,7 +505,7 @@ def run_update(monkeypatch: pytest.MonkeyPatch, config: train_ppo.Config, iterat
         seen.append(minibatch.scores.tolist())
         return {name: torch.tensor(float(len(seen))) for name in ("policy_loss", "approximate_kl", "ratio_deviation")}
 
-    monkeypatch.setattr(train_ppo, "train_step", counting)
+    monkeypatch.setattr(ppo_update, "train_step", counting)
     state = train_ppo.State(None, None, None, None, None, iteration=iteration)
     return seen, train_ppo.update(state, experience_of(10), config)
 
@@ -581,7 +581,7 @@ def test_gradients_are_clipped_to_the_limit_that_was_given(module: ModuleType, t
     run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "feedback", "reward")
     shorter = {"iterations": 1} if stage == "ppo" else {"epochs": 0.5}
     with pytest.MonkeyPatch.context() as patch:
-        clips = spy(patch, module, "clip_gradients")
+        clips = spy(patch, ppo_update if stage == "ppo" else module, "clip_gradients")
         tiny.run_stage(stage, run, max_grad_norm=1e-3, **shorter)
     assert clips[0].result > 1e-3  # the norm before
     for model in {id(call.arguments["model"]): call.arguments["model"] for call in clips}.values():

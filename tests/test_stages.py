@@ -17,7 +17,7 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data
+from minirlhf import data, ppo_update
 from minirlhf.data import Comparison, Example
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw
@@ -235,7 +235,7 @@ def test_ppo_steps(micro_batch_tokens: int) -> None:
                 near = before + (new_values[t] - before).clamp(-0.05, 0.05)
                 value_losses.append(0.5 * torch.maximum((new_values[t] - r) ** 2, (near - r) ** 2))
         loss, value_loss = sum(policy_losses) / len(policy_losses), sum(value_losses) / len(value_losses)
-        metrics = train_ppo.train_step(state, experience.rows(torch.tensor(index)), config)
+        metrics = ppo_update.train_step(state, experience.rows(torch.tensor(index)), config)
         torch.testing.assert_close(metrics["policy_loss"].double(), loss.detach(), atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(metrics["value_loss"].double(), value_loss.detach(), atol=1e-9, rtol=1e-9)
         adam.step(loss, learning_rate=1e-2, max_norm=0.5)

@@ -30,7 +30,7 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, processes
+from minirlhf import data, ppo_update, processes
 from minirlhf.optim import adamw
 from minirlhf.reward import ValueModel
 from minirlhf.rollout import collect
@@ -46,6 +46,7 @@ PAIRS = [[0, 1], [0], [0, 1, 2], [1, 2]]
 # Of a rounding of 1e-17 Adam makes a step of 1e-17 / eps learning rates, so the default eps, 1e-8, would be too small.
 EPS = 1e-5
 MODULES = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "dpo": train_dpo}
+STEP_OWNERS = MODULES | {"ppo": ppo_update}  # where a stage's `train_step` is called
 
 
 # ------------------------------------------------------------------------------------------------ optimizer steps alone
@@ -107,7 +108,7 @@ def ppo_steps(dtype: torch.dtype, learning_rate: float) -> Iterator[tuple[nn.Mod
         experience = train_ppo.learn_from(rollout, beta=0.2, gamma=0.9, lam=0.8, whiten_rewards=True)
         seen = train_ppo.rollout_metrics(rollout, experience) | {"tokens": rollout.tokens.float()}
         for rows in ([0, 1, 2, 3], [6], [1, 2, 4, 5]):
-            yield both, seen | train_ppo.train_step(state, experience.rows(torch.tensor(rows)), config)
+            yield both, seen | ppo_update.train_step(state, experience.rows(torch.tensor(rows)), config)
         state.iteration += 1
 
 
@@ -149,7 +150,7 @@ class Stop(Exception):
 def run(name: str, folder: Path, *, calls: int | None = None, **changes: Any) -> None:
     """A stage of `tiny`, or what it does up to and with so many calls of its `train_step`."""
     count = 0
-    step = MODULES[name].train_step
+    step = STEP_OWNERS[name].train_step
 
     def counted(*args: Any, **kwargs: Any) -> dict:
         nonlocal count
@@ -160,7 +161,7 @@ def run(name: str, folder: Path, *, calls: int | None = None, **changes: Any) ->
         return metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(MODULES[name], "train_step", counted)
+        patch.setattr(STEP_OWNERS[name], "train_step", counted)
         patch.setattr(MODULES[name], "adamw", functools.partial(adamw, eps=EPS))
         tiny.run_stage(name, folder, **{"checkpoint_every": EVERY[name], **CHANGES.get(name, {}), **changes})
 
