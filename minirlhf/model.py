@@ -22,8 +22,10 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from minirlhf.attention import attend
 from minirlhf.hf_folder import CheckpointError, read_settings, read_tensors, write_config, write_tensors
 from minirlhf.hub import model_folder
+from minirlhf.kv_cache import KVCache
 from minirlhf.ops import upcast
 
 HeadFunction = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, ...]]
@@ -63,63 +65,6 @@ def read_config(folder: str | os.PathLike[str]) -> GPTConfig:
 
 
 # ---------------------------------------------------------------------------------------------------- the transformer
-class KVCache:
-    """Keys and values of a growing batch, one preallocated buffer (n_layer, 2, B, H, T, D).
-
-    The first `GPT.hidden(tokens, cache)` reads the right-padded prompts (prefill); each later call takes one token a
-    row, tokens (B, 1), and writes its key and value at that row's own `lengths[i]`, over whatever the padding left
-    there. What lies beyond a row's own length is hidden from it by an explicit key mask.
-
-    lengths   (B,) tokens of each row that the cache holds, at first those of the prompts
-    capacity  columns to allocate: the longest row that will ever be stored
-    dtype     of the keys, i.e. the autocast format where one is in force
-    """
-
-    def __init__(self, config: GPTConfig, lengths: Tensor, capacity: int, *, dtype: torch.dtype) -> None:
-        shape = (config.n_layer, 2, len(lengths), config.n_head, capacity, config.n_embd // config.n_head)
-        # Zeros: a hidden column has weight 0, but 0 * nan of uninitialised memory would be nan.
-        self.buffer = torch.zeros(shape, dtype=dtype, device=lengths.device)
-        self.lengths = lengths.clone()
-        self.rows = torch.arange(len(lengths), device=lengths.device)
-        self.width = int(lengths.max())  # columns in use, kept on the host: a decode step asks the device nothing
-        self.prefilled = False
-        self.key_mask: Tensor | None = None
-
-    def begin(self, width: int) -> Tensor:
-        """Positions (1, T) or (B, 1) of the tokens that are coming in, T = width; sets the key mask of this step."""
-        if not self.prefilled:
-            return torch.arange(width, device=self.lengths.device)[None]
-        if width != 1:
-            raise ValueError(f"KVCache: {width} tokens a row after the prompt; decoding takes one token a row")
-        self.width += 1
-        columns = torch.arange(self.width, device=self.lengths.device)
-        self.key_mask = (columns <= self.lengths[:, None])[:, None, None]  # (B, 1, 1, T): up to and with the new token
-        return self.lengths[:, None]
-
-    def update(self, layer: int, keys_values: Tensor) -> Tensor:
-        """Store keys and values (2, B, H, T, D); returns those to attend over."""
-        buffer = self.buffer[layer]
-        if not self.prefilled:
-            buffer[:, :, :, : keys_values.shape[3]] = keys_values
-            return keys_values
-        # The two index tensors stand apart, so that the indexed dimension moves to the front: (B, 2, H, D).
-        buffer[:, self.rows, :, self.lengths] = rearrange(keys_values, "kv b h 1 d -> b kv h d")
-        return buffer[:, :, :, : self.width]
-
-    def end(self) -> None:
-        """Count the tokens just stored; the prompts were counted from the start."""
-        if self.prefilled:
-            self.lengths += 1
-        self.prefilled = True
-
-    def select(self, rows: Tensor) -> None:
-        """Keep only these rows, in this order."""
-        self.buffer = self.buffer[:, :, rows]
-        self.lengths = self.lengths[rows]
-        self.rows = self.rows[: len(rows)]
-        self.width = int(self.lengths.max())
-
-
 class Attention(nn.Module):
     """Causal multi-head self-attention; scores are scaled by 1/sqrt(D)."""
 
@@ -133,8 +78,7 @@ class Attention(nn.Module):
         qkv = rearrange(self.c_attn(x), "b t (qkv h d) -> qkv b h t d", qkv=3, h=self.n_head)
         q, (k, v) = qkv[0], qkv[1:] if cache is None else cache.update(self.layer, qkv[1:])
         mask = visible if cache is None else cache.key_mask
-        # is_causal would align one query with the first key: a decode step needs the explicit mask instead.
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+        y = attend(q, k, v, mask)
         return self.c_proj(rearrange(y, "b h t d -> b t (h d)"))
 
 

@@ -11,11 +11,12 @@ PACKAGE = ROOT / "minirlhf"
 
 # From the ground up. What stands on one floor may import its neighbours and everything below.
 FLOORS = [
-    {"ops", "world"},
+    {"ops", "world", "attention", "kv_cache"},
     {"ppo", "dpo", "bradley_terry", "advantages"},
     {"processes"},
-    {"memory", "metrics", "runtime", "settings"},
-    {"hub", "model_card"},
+    {"memory", "metrics", "runtime", "settings", "progress", "track", "hints", "healthy"},
+    {"bootstrap", "win_rate", "diversity", "words", "proxy"},
+    {"hub", "model_card", "ablation_report"},
     {"hf_folder"},
     {"model"},
     {"reward"},
@@ -23,15 +24,16 @@ FLOORS = [
     {"checkpoint"},
     {"stage"},
     {"data", "tokenizer"},
-    {"generate"},
+    {"decoder"},
+    {"generate", "dry_run"},
     {"rewards"},
     {"rollout", "objective"},
     {"experience"},
     {"ppo_update"},
     {"feedback"},
-    {"evaluate", "report", "calibration", "rejection", "chat", "dialogue", "trials"},
+    {"evaluate", "comparison", "judges", "report", "calibration", "rejection", "chat", "dialogue", "trials", "trace"},
     {"train_sft", "train_reward", "train_ppo", "train_dpo"},
-    {"__main__"},
+    {"__main__", "ablate", "online_dpo"},
 ]
 MATHS = {"ops": set(), "ppo": {"ops"}, "dpo": {"ops"}, "bradley_terry": {"ops"}, "advantages": {"ops"}}
 
