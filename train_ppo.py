@@ -20,7 +20,7 @@ Left out: an entropy bonus and a shared trunk for policy and value; neither is n
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -29,20 +29,33 @@ import tiktoken
 import torch
 from torch import Tensor
 
-from minirlhf import data, ppo, processes, rewards, tokenizer
+from minirlhf import data, dry_run, ppo, processes, rewards, tokenizer
 from minirlhf.advantages import RunningBaseline
 from minirlhf.ensemble import Aggregate, RewardEnsemble
 from minirlhf.experience import GROUPED, Experience, learn_from, learn_without_values, rollout_metrics
 from minirlhf.hub import model_folder, model_or_earlier
-from minirlhf.model import GPT, read_config
+from minirlhf.model import GPT, GPTConfig, read_config
 from minirlhf.model_card import write_model_card
 from minirlhf.optim import adamw, linear_schedule, set_learning_rate
 from minirlhf.ppo_update import State, beta_now, update
 from minirlhf.reward import RewardModel, ValueModel
 from minirlhf.rollout import Rollout, collect
 from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
-from minirlhf.settings import Count, Finite, FolderName, Fraction, NotNegative, Positive, Seed, Settings, TokenBudget
+from minirlhf.settings import (
+    Count,
+    Finite,
+    FolderName,
+    Fraction,
+    NotNegative,
+    Positive,
+    Seed,
+    Settings,
+    Steps,
+    TokenBudget,
+)
 from minirlhf.stage import Stage
+from minirlhf.trace import Trace
+from minirlhf.track import TrackerName
 
 
 @dataclass
@@ -73,7 +86,7 @@ class Config(Settings):
     columns: tuple[str, ...] = ()
     """Fields with other names, as ours=theirs: prompt=query."""
     iterations: Count = 32
-    """Rollouts; the learning rate falls linearly to 0 over them."""
+    """Rollouts."""
     rollout_size: Count = 128
     """Responses a rollout: `group_size` to each prompt."""
     advantages: Literal["gae", "rloo", "grpo", "grpo-no-std", "reinforce"] = "gae"
@@ -109,10 +122,14 @@ class Config(Settings):
     """Discount; 1, because a response is short and its score is for the whole."""
     lam: Fraction = 0.95
     """GAE's lambda."""
-    clip: Positive = 0.2
-    """Clip range of the probability ratio."""
-    value_clip: Positive = 0.2
-    """Clip range of the value around its value at the rollout, in units of the reward."""
+    whiten_advantages: bool = True
+    """Scale the advantages of gae to mean 0 and deviation 1 over the rollout."""
+    clip: Positive | None = 0.2
+    """Clip range of the probability ratio; `None` clips nothing."""
+    value_clip: Positive | None = 0.2
+    """Clip range of the value around its value at the rollout, in units of the reward; `None` clips nothing."""
+    value_init: Literal["reward-model", "policy"] = "reward-model"
+    """What the value model's trunk starts from; without a reward model, from the policy. Its head starts at 0."""
     missing_eos_score: Finite | None = -1.0
     """Score of a response that did not finish, in place of the reward model's; `None` keeps the reward model's."""
     whiten_rewards: bool = False
@@ -123,12 +140,22 @@ class Config(Settings):
     """Initial learning rate of the policy's AdamW."""
     value_learning_rate: NotNegative = 5e-4
     """Initial learning rate of the value model's AdamW."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """Both learning rates fall linearly to 0 over the iterations, or stay as they are."""
+    adam_eps: Positive = 1e-5
+    """AdamW's epsilon (Ziegler et al. 2019); the usual 1e-8 takes far larger first steps."""
     max_grad_norm: Positive = 1.0
     """Gradients of each model are scaled so that their joint L2 norm is at most this."""
     micro_batch_tokens: TokenBudget = 2048
     """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
     gradient_checkpointing: bool = False
     """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
+    trace_every: Steps = 0
+    """Iterations between two measurements by the embedded world's judge, for the report; 0 is none."""
+    track: TrackerName | None = None
+    """Show the metrics in `tensorboard` or `wandb` as well; Weights & Biases stays offline unless WANDB_MODE is set."""
+    dry_run: bool = False
+    """Say what would be done and about what it takes, read no weights and write nothing."""
     resume: bool = False
     """Go on from the newest whole checkpoint; a finished stage is left as it is."""
     checkpoint_every: Count = 10
@@ -170,6 +197,8 @@ def check_settings(config: Config) -> None:
     whole = f"is for rewards a token, and --advantages {name} has one a response; leave it out, or use gae"
     require(name == "gae" or config.gamma == 1, f"--gamma {config.gamma}: {whole}")
     require(name == "gae" or not config.whiten_rewards, f"--whiten-rewards: {whole}")
+    plain = f"--no-whiten-advantages: --advantages {name} does not whiten them in any case; leave it out"
+    require(name == "gae" or config.whiten_advantages, plain)
     both = "--ptx-data and --ptx-coefficient: belong together; give both, the coefficient above 0, or none"
     require((config.ptx_data is not None) == (config.ptx_coefficient > 0), both)
 
@@ -201,8 +230,8 @@ def estimate(state: State, rollout: Rollout, config: Config) -> Experience:
     """The advantages by `--advantages`; a KL penalty that is in the loss is not in the rewards as well."""
     beta = beta_now(state, config) if config.kl_in == "reward" else 0.0
     if config.advantages == "gae":
-        settings = {"gamma": config.gamma, "lam": config.lam, "whiten_rewards": config.whiten_rewards}
-        return learn_from(rollout, beta=beta, **settings)
+        whiten = {"whiten_rewards": config.whiten_rewards, "whiten_advantages": config.whiten_advantages}
+        return learn_from(rollout, beta=beta, gamma=config.gamma, lam=config.lam, **whiten)
     return learn_without_values(rollout, advantages=config.advantages, beta=beta, baseline=state.baseline)
 
 
@@ -224,18 +253,41 @@ def reward_model_folders(config: Config) -> tuple[Path | str, ...]:
     return (model_or_earlier(config.reward_model, "--reward-model", config.run / "reward" / "model"), *others)
 
 
+def plan(config: Config, shapes: Mapping[Path | str, GPTConfig], prompts: Sequence[Sequence[int]]) -> dry_run.Plan:
+    """What the stage would do, for `--dry-run`; every response is taken for as long as it may be.
+
+    shapes  of the models that are read, the policy's first
+    """
+    policy, *reward_models = shapes.values()
+    rows = [len(prompt) + config.max_new_tokens for prompt in prompts]
+    value_models = [*reward_models, policy][:1] if config.advantages == "gae" else []
+    readers = 2 + len(value_models) + len(reward_models)  # who samples, and the reference
+    return dry_run.Plan(
+        config.iterations,
+        (policy, *value_models),
+        (policy, *reward_models),
+        rows=rows,
+        rows_a_step=config.rollout_size,
+        scored=readers * config.iterations * config.rollout_size * sum(rows) / len(rows),
+        epochs=config.epochs,
+        minibatches=config.minibatches,
+        group_size=config.group_size,
+    )
+
+
 def initial_state(config: Config, policy: GPT, members: Sequence[RewardModel]) -> State:
     """Policy, optimizers and controllers before the first iteration; a value model for `gae` alone.
 
-    It starts from the first of the reward models, or from the policy where there is none.
+    It starts from the first of the reward models, or from the policy where there is none or `value_init` says so.
     """
     value_model = None
     if config.advantages == "gae":
-        origin = members[0] if members else RewardModel.from_gpt(policy, generator=torch.Generator())
+        scored = members and config.value_init == "reward-model"
+        origin = members[0] if scored else RewardModel.from_gpt(policy, generator=torch.Generator())
         value_model = ValueModel.from_reward_model(origin)
     for trained in (policy, *([value_model.gpt] if value_model else [])):
         trained.gradient_checkpointing = config.gradient_checkpointing
-    adam = {"eps": 1e-5}  # Ziegler et al. 2019; the default 1e-8 takes far larger first steps
+    adam = {"eps": config.adam_eps}
     return State(
         policy,
         value_model,
@@ -243,6 +295,24 @@ def initial_state(config: Config, policy: GPT, members: Sequence[RewardModel]) -
         adamw(value_model, learning_rate=config.value_learning_rate, **adam) if value_model else None,
         ppo.AdaptiveKL(config.beta, config.kl_target, config.kl_horizon) if config.kl_target else None,
         baseline=RunningBaseline(config.baseline_decay) if config.advantages == "reinforce" else None,
+    )
+
+
+def judged(
+    config: Config, reference: GPT, reward: Callable[[data.Batch], Tensor], encoding: tiktoken.Encoding
+) -> Trace:
+    """What measures the policy by the world's judge while it trains."""
+    return Trace(
+        config.run / config.stage,
+        every=config.trace_every,
+        iterations=config.iterations,
+        reference=reference,
+        reward=reward,
+        encoding=encoding,
+        seed=config.seed,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        max_tokens=2048,
     )
 
 
@@ -273,6 +343,9 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     grouped = "" if config.group_size == 1 else f" in groups of {config.group_size}, prompts"
     data.require_batch(f"--rollout-size{grouped}", per_rollout, len(prompts))
     texts = pretraining_texts(config, encoding, max_length=shapes[folder].n_positions)
+    if config.dry_run:
+        dry_run.show(plan(config, shapes, prompts), config, device=device, dtype=dtype)
+        return output
     policy = GPT.from_pretrained(folder).to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = [RewardModel.from_pretrained(f).to(device).eval().requires_grad_(False) for f in reward_folders]
@@ -281,14 +354,17 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
         ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
         parts.insert(0, reward_function(ensemble if config.ensemble else members[0]))
     state = initial_state(config, policy, members)
+    trace = judged(config, reference, rewards.total(parts), encoding) if config.trace_every else None
 
     with stage.begin(
         state, steps=config.iterations, checkpoint_every=config.checkpoint_every, best=("objective", "max")
     ):
+        if trace:
+            trace.observe(policy, state.iteration)
         while state.iteration < config.iterations:
             iteration = state.iteration
             beta = beta_now(state, config)
-            factor = linear_schedule(iteration, config.iterations)
+            factor = linear_schedule(iteration, config.iterations) if config.schedule == "linear" else 1.0
             set_learning_rate(state.policy_optimizer, config.learning_rate * factor)
             if state.value_optimizer:
                 set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
@@ -318,6 +394,8 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                 reward = metrics["objective" if config.kl_in == "reward" else "score"]
                 end_iteration(state, kl=float(metrics["kl"]), responses=len(rollout), reward=float(reward))
                 stage.finish(iteration, metrics, tokens=int(rollout.lengths.sum()))
+            if trace and state.iteration > iteration:
+                trace.observe(policy, state.iteration)
             if observe and state.iteration > iteration:
                 observe(state)
         if processes.is_writer():

@@ -27,14 +27,17 @@ class Experience(Rollout):
     returns: Tensor
 
 
-def learn_from(rollout: Rollout, *, beta: float, gamma: float, lam: float, whiten_rewards: bool) -> Experience:
+def learn_from(
+    rollout: Rollout, *, beta: float, gamma: float, lam: float, whiten_rewards: bool, whiten_advantages: bool = True
+) -> Experience:
     """Rewards with the KL penalty, then GAE; advantages are whitened over the whole rollout, after the returns."""
     mask = rollout.mask
     rewards = ppo.kl_penalised_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, mask, beta=beta)
     if whiten_rewards:
         rewards = ops.rescale(rewards, mask)
     advantages, returns = ppo.gae(rewards, rollout.values, mask, gamma=gamma, lam=lam)
-    advantages = ops.whiten(advantages, mask)
+    if whiten_advantages:
+        advantages = ops.whiten(advantages, mask)
     require_finite(scores=rollout.scores, rewards=rewards, advantages=advantages, returns=returns)
     return Experience(**vars(rollout), advantages=advantages, returns=returns)
 
@@ -61,6 +64,7 @@ def rollout_metrics(rollout: Rollout, experience: Experience, *, valued: bool = 
     return {
         "score": rollout.scores.mean(),
         "kl": ppo.sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, mask),
+        "score_std": rollout.scores.std(correction=0),
         "response_length": mask.sum(dim=1).float().mean(),
         "eos_rate": rollout.finished.float().mean(),
         **(explained if valued else {}),

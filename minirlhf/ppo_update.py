@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
@@ -27,8 +28,8 @@ class Config(Protocol):
     minibatches: int
     temperature: float
     beta: float
-    clip: float
-    value_clip: float
+    clip: float | None
+    value_clip: float | None
     kl_in: Literal["reward", "loss"]
     kl_estimator: Literal["k2", "k3"]
     ptx_coefficient: float
@@ -64,28 +65,47 @@ def summed_metrics(state: State, config: Config) -> list[str]:
     return names + (["value_clip_fraction", "value_error"] if state.value_model else [])
 
 
-def part_losses(
-    state: State, part: Experience, config: Config, tokens: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The losses of a micro-batch of a minibatch with so many `tokens`, with gradient, and what else to log of it."""
-    mask = part.mask
+Losses = tuple[dict[str, Tensor], dict[str, Tensor]]  # with gradient, and what else to log
+
+
+def policy_losses(state: State, part: Experience, config: Config, tokens: Tensor) -> Losses:
+    """The policy's losses on a micro-batch of a minibatch with so many `tokens`."""
+    mask, clip = part.mask, math.inf if config.clip is None else config.clip
     logprobs, entropy = state.policy.logprobs_and_entropy(part.tokens, mask, temperature=config.temperature)
     old = (part.old_logprobs, part.advantages, mask)
-    losses = {"policy_loss": ppo.policy_loss(logprobs, *old, clip=config.clip, denominator=tokens)}
-    seen = {
-        "entropy": ops.masked_mean(entropy, mask, denominator=tokens),
-        **ppo.policy_diagnostics(logprobs, *old, clip=config.clip, denominator=tokens),
-    }
-    if state.value_model is not None:
-        values = state.value_model(part.tokens, mask)
-        targets = (part.values, part.returns, mask)
-        losses["value_loss"] = ppo.value_loss(values, *targets, clip=config.value_clip, denominator=tokens)
-        seen |= ppo.value_diagnostics(values, *targets, clip=config.value_clip, denominator=tokens)
+    losses = {"policy_loss": ppo.policy_loss(logprobs, *old, clip=clip, denominator=tokens)}
     if config.kl_in == "loss":
         kind = config.kl_estimator
         kl = kl_loss(logprobs, part.ref_logprobs, mask, estimator=kind, denominator=tokens)
         losses["kl_loss"] = beta_now(state, config) * kl
-    return losses, seen
+    return losses, {
+        "entropy": ops.masked_mean(entropy, mask, denominator=tokens),
+        **ppo.policy_diagnostics(logprobs, *old, clip=clip, denominator=tokens),
+    }
+
+
+def value_losses(state: State, part: Experience, config: Config, tokens: Tensor) -> Losses:
+    """The value model's loss on such a micro-batch; none without a value model."""
+    if state.value_model is None:
+        return {}, {}
+    clip = math.inf if config.value_clip is None else config.value_clip
+    values, targets = state.value_model(part.tokens, part.mask), (part.values, part.returns, part.mask)
+    losses = {"value_loss": ppo.value_loss(values, *targets, clip=clip, denominator=tokens)}
+    return losses, ppo.value_diagnostics(values, *targets, clip=clip, denominator=tokens)
+
+
+def part_gradient(state: State, part: Experience, config: Config, tokens: Tensor) -> dict[str, Tensor]:
+    """Add a micro-batch's gradient of all losses; returns them, and what else to log of it.
+
+    One model after the other, for the two share no parameter: the activations of one alone are in memory at a time.
+    """
+    values = {}
+    for losses_of in (policy_losses, value_losses):
+        losses, seen = losses_of(state, part, config, tokens)
+        if losses:
+            sum(losses.values()).backward()
+        values |= {**{name: loss.detach() for name, loss in losses.items()}, **seen}
+    return values
 
 
 def train_step(
@@ -100,9 +120,7 @@ def train_step(
     for _, optimizer in trained.values():
         optimizer.zero_grad(set_to_none=True)
     for index in data.own_micro_batches(minibatch.lengths, config.micro_batch_tokens):
-        losses, seen = part_losses(state, minibatch.rows(index.to(tokens.device)), config, tokens)
-        sum(losses.values()).backward()  # policy and value model share no parameter
-        seen = {**{name: loss.detach() for name, loss in losses.items()}, **seen}
+        seen = part_gradient(state, minibatch.rows(index.to(tokens.device)), config, tokens)
         ratio_deviation = torch.maximum(ratio_deviation, seen.pop("ratio_deviation").cpu())
         sums = {name: value + seen[name].cpu() for name, value in sums.items()}  # one order in all processes
     if pretraining is not None:
