@@ -24,7 +24,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tiktoken
 import tyro
 
 from minirlhf import tokenizer
@@ -130,7 +129,8 @@ def open_chat(config: Config) -> Chat:
         read_config(reward_folder)
         own = tokenizer.load(reward_folder)
         for encoding, folder in zip(encodings, folders, strict=True):
-            require(same_ids(own, encoding), f"--reward-model {reward_folder}: has not the tokenizer of {folder}")
+            same = tokenizer.same_ids(own, encoding)
+            require(same, f"--reward-model {reward_folder}: has not the tokenizer of {folder}")
     models = [GPT.from_pretrained(folder).to(device).eval().requires_grad_(False) for folder in folders]
     rows = zip(names_of(config.models), models, encodings, limits, strict=True)
     reward_model = RewardModel.from_pretrained(reward_folder).to(device).eval() if reward_folder else None
@@ -143,14 +143,6 @@ def reply_limit(config: Config, shape: GPTConfig, folder: Path) -> int:
     room = f"--max-new-tokens {limit}: the context of {folder}, {shape.n_positions} tokens, leaves no room for a prompt"
     require(limit < shape.n_positions, room)
     return limit
-
-
-def same_ids(one: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
-    """Whether two tokenizers give the same ids to everything."""
-    if one.n_vocab != other.n_vocab:
-        return False
-    ids = range(one.eot_token)
-    return all(one.decode_single_token_bytes(i) == other.decode_single_token_bytes(i) for i in ids)
 
 
 def names_of(sources: Sequence[str]) -> list[str]:

@@ -7,15 +7,17 @@ KL(pi || pi_sft) per sequence. For best-of-n, whose log-probability has no simpl
 log n - (n-1)/n (Beirami et al. 2024, arXiv 2401.01879).
 
     python -m minirlhf.evaluate --run runs/tiny      # writes <run>/summary.json and <run>/answers.jsonl
+    python -m minirlhf.evaluate runs/tiny/sft runs/tiny/ppo ...       # any models, see minirlhf/comparison.py
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tiktoken
@@ -23,8 +25,10 @@ import torch
 from torch import Tensor
 
 from minirlhf import data, tokenizer
+from minirlhf.bootstrap import bootstrap_interval
 from minirlhf.feedback.collect import SLOTS, response_text
 from minirlhf.generate import Samples, generate
+from minirlhf.judges import PARTS, judge_parts
 from minirlhf.metrics import write_json
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
@@ -32,9 +36,7 @@ from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import Stream, project_file, resolve_device, run_script
 from minirlhf.settings import Count, Seed, Settings
-from minirlhf.world import judge
-
-PARTS = ("total", "helpful", "honest", "harmless")
+from minirlhf.win_rate import wins
 
 
 @dataclass
@@ -81,18 +83,6 @@ class Answers:
     reward: np.ndarray
     parts: np.ndarray
     kl_bound: float | None = None
-
-
-def bootstrap_interval(values: np.ndarray, *, seed: int, samples: int = 2000) -> tuple[float, float]:
-    """95 % percentile interval of the mean of `values` (P,), resampling the P prompts with replacement."""
-    index = np.random.default_rng((seed, Stream.EVALUATION)).integers(len(values), size=(samples, len(values)))
-    low, high = np.percentile(values[index].mean(axis=1), (2.5, 97.5))
-    return float(low), float(high)
-
-
-def wins(scores: np.ndarray, other: np.ndarray) -> np.ndarray:
-    """(P,) 1 where `scores` is above `other`, 1/2 where equal, else 0; the mean is the win rate."""
-    return (scores > other) + 0.5 * (scores == other)
 
 
 def best_of_n_kl(n: int) -> float:
@@ -197,12 +187,6 @@ class Evaluator:
         return row
 
 
-def judge_parts(prompt: str, response: str) -> tuple[float, float, float, float]:
-    """The embedded world's judge as (total, helpful, honest, harmless)."""
-    j = judge(prompt, response)
-    return j.total, j.helpful, j.honest, j.harmless
-
-
 def main(config: Config) -> dict:
     """Evaluate the run's SFT model, best-of-n, and the PPO and DPO models that it holds; returns the summary."""
     device = resolve_device(config.device)
@@ -258,5 +242,15 @@ def table(summary: dict) -> str:
     return "\n".join(rows)
 
 
+def command(arguments: Sequence[str]) -> tuple[Callable[[Any], object], dict[str, Any], str]:
+    """What to run, its presets and its help: models to compare where the first word is no flag, else a run."""
+    if arguments and not arguments[0].startswith("-"):
+        from minirlhf import comparison
+
+        return comparison.main, comparison.PRESETS, comparison.__doc__
+    return main, PRESETS, __doc__
+
+
 if __name__ == "__main__":
-    run_script(main, PRESETS)
+    chosen, presets, __doc__ = command(sys.argv[1:])
+    run_script(chosen, presets)

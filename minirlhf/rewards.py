@@ -42,22 +42,22 @@ FORM = "must be package.module:function, e.g. minirlhf.rewards:arithmetic"
 
 
 # ------------------------------------------------------------------------------------------------- functions by name
-def load(spec: str) -> RewardFunction:
-    """The function that `package.module:function` names; raises UserError where there is none.
+def load(spec: str, *, flag: str = "--reward") -> RewardFunction:
+    """The function that `package.module:function` names; raises UserError, which names the flag, where there is none.
 
     A module of the folder that the command is run in is found too, after those that are installed.
     """
     module_name, _, name = spec.partition(":")
-    require(re.fullmatch(r"\w+(\.\w+)*:\w+", spec) is not None, f"--reward {spec}: {FORM}")
+    require(re.fullmatch(r"\w+(\.\w+)*:\w+", spec) is not None, f"{flag} {spec}: {FORM}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     try:
         module = importlib.import_module(module_name)
     except (ImportError, SyntaxError) as error:
-        raise UserError(f"--reward {spec}: cannot import {module_name}: {error}") from error
-    require(hasattr(module, name), f"--reward {spec}: nothing called {name} in {module.__file__}")
+        raise UserError(f"{flag} {spec}: cannot import {module_name}: {error}") from error
+    require(hasattr(module, name), f"{flag} {spec}: nothing called {name} in {module.__file__}")
     function = getattr(module, name)
-    require(callable(function), f"--reward {spec}: {name} is a {type(function).__name__}, and cannot be called")
+    require(callable(function), f"{flag} {spec}: {name} is a {type(function).__name__}, and cannot be called")
     return function
 
 
@@ -82,16 +82,21 @@ class FunctionReward:
 
     def __call__(self, batch: data.Batch) -> Tensor:
         prompts, responses = texts(self.encoding, batch)
-        given = self.function(prompts, responses)
-        where = f"--reward {self.spec}"
-        try:
-            scores = [float(score) for score in given]
-        except (TypeError, ValueError) as error:
-            raise UserError(f"{where}: must return one number a response, not {given!r:.60}") from error
-        require(len(scores) == len(responses), f"{where}: gave {len(scores)} scores for {len(responses)} responses")
-        for score, response in zip(scores, responses, strict=True):
-            require(math.isfinite(score), f"{where}: gave {score} to {response!r:.60}; a score must be a finite number")
+        scores = scores_of(self.function, prompts, responses, where=f"--reward {self.spec}")
         return torch.tensor(scores, dtype=torch.float32, device=batch.tokens.device)
+
+
+def scores_of(function: RewardFunction, prompts: list[str], responses: list[str], *, where: str) -> list[float]:
+    """The function's scores, checked: one finite number a response, else a UserError that begins with `where`."""
+    given = function(prompts, responses)
+    try:
+        scores = [float(score) for score in given]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where}: must return one number a response, not {given!r:.60}") from error
+    require(len(scores) == len(responses), f"{where}: gave {len(scores)} scores for {len(responses)} responses")
+    for score, response in zip(scores, responses, strict=True):
+        require(math.isfinite(score), f"{where}: gave {score} to {response!r:.60}; a score must be a finite number")
+    return scores
 
 
 def texts(encoding: tiktoken.Encoding, batch: data.Batch) -> tuple[list[str], list[str]]:

@@ -134,6 +134,14 @@ def check_fits(encoding: tiktoken.Encoding, vocab_size: int, where: str | Path) 
         )
 
 
+def same_ids(one: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
+    """Whether two tokenizers give the same ids to everything."""
+    if one.n_vocab != other.n_vocab:
+        return False
+    ids = range(one.eot_token)
+    return all(one.decode_single_token_bytes(i) == other.decode_single_token_bytes(i) for i in ids)
+
+
 def write_ranks(ranks: dict[bytes, int], vocabulary: Path, merges: Path) -> None:
     """Write the two files that `read_ranks` reads."""
     symbol_of = byte_symbols()

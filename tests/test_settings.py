@@ -14,7 +14,10 @@ from minirlhf.settings import Count, Positive, Range, Settings, field_ranges, fl
 
 CONFIGS = [
     *(f"train_{stage}.Config" for stage in ("sft", "reward", "ppo", "dpo")),
-    *(f"minirlhf.{module}.Config" for module in ("__main__", "evaluate", "rejection", "data.__main__")),
+    *(
+        f"minirlhf.{module}.Config"
+        for module in ("__main__", "ablate", "comparison", "evaluate", "rejection", "data.__main__")
+    ),
     *(f"minirlhf.feedback.{module}.Config" for module in ("__main__", "candidates", "label", "pairs", "stats")),
     *(f"minirlhf.feedback.label_studio.{name}" for name in ("ExportConfig", "ImportConfig")),
 ]

@@ -15,12 +15,12 @@ from pathlib import Path
 from minirlhf.runtime import UserError, require
 
 
-def require_writable(folder: Path) -> None:
+def require_writable(folder: Path, *, flag: str = "--run") -> None:
     """Raise UserError unless `folder` can be written, or made where it does not exist."""
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
-    require(there.is_dir(), f"{folder}: cannot be written, {there} is not a folder; give another --run")
+    require(there.is_dir(), f"{folder}: cannot be written, {there} is not a folder; give another {flag}")
     allowed = os.access(there, os.W_OK | os.X_OK)
-    require(allowed, f"{folder}: cannot be written, {there} is read-only for you; give another --run")
+    require(allowed, f"{folder}: cannot be written, {there} is read-only for you; give another {flag}")
 
 
 @contextlib.contextmanager

@@ -77,7 +77,7 @@ def main(config: Config) -> Path:
         for start in range(0, len(tasks), TASKS):
             part = tasks[start : start + TASKS]
             texts = [[message_prompt(q) for q in questions(task, config.instruction)] for task in part]
-            rows = [_rows(model, encoding, text) for own in texts for text in own]
+            rows = [verdict_rows(model, encoding, text) for own in texts for text in own]
             cut += sum(first.cut > 0 for first, _ in rows)
             shares = iter(first_preferred(model, rows, micro_batch_tokens=config.micro_batch_tokens))
             for task, own in zip(part, texts, strict=True):
@@ -135,7 +135,7 @@ def first_preferred(
     return torch.softmax(logprobs.view(-1, 2).double(), dim=1)[:, 0].tolist()
 
 
-def _rows(model: GPT, encoding: tiktoken.Encoding, text: str) -> tuple[data.Example, data.Example]:
+def verdict_rows(model: GPT, encoding: tiktoken.Encoding, text: str) -> tuple[data.Example, data.Example]:
     """The text with each verdict. No EOS follows: how a model ends is not its verdict."""
     room = model.config.n_positions
     ids = [tokenizer.encode(encoding, verdict) for verdict in VERDICTS]
