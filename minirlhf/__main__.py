@@ -20,10 +20,10 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import checkpoint, evaluate
+from minirlhf import calibration, checkpoint, evaluate
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.metrics import fresh_folder, write_json
-from minirlhf.report import plot_curves
+from minirlhf.report import write_report
 from minirlhf.runtime import run_script
 from minirlhf.settings import Seed, Settings
 
@@ -43,6 +43,9 @@ class Config(Settings):
 
 
 PRESETS = {"tiny": Config(), "smoke": Config(preset="smoke", run=Path("runs/smoke"))}
+
+# What the demo asks of a stage beyond its defaults: the judge's marks while PPO trains, for the report.
+DEMO: dict[str, dict[str, Any]] = {"ppo": {"trace_every": 6}}
 
 # What the smoke preset makes smaller in each stage.
 SMOKE: dict[str, dict[str, Any]] = {
@@ -81,7 +84,7 @@ def run_stages(config: Config) -> dict[str, float]:
         print(f"--- {name}", flush=True)
         started = time.perf_counter()
         settings: dict[str, Any] = {"run": config.run, "seed": config.seed, "device": config.device}
-        settings |= SMOKE[name] if config.preset == "smoke" else {}
+        settings |= DEMO.get(name, {}) | (SMOKE[name] if config.preset == "smoke" else {})
         settings |= {"resume": config.resume} if name != "evaluate" else {}  # which is always made anew
         stage(stage_config(**settings))
         # A stage that an earlier attempt finished keeps the time that it took then.
@@ -93,8 +96,14 @@ def run_stages(config: Config) -> dict[str, float]:
         ", ".join(f"{name} {value}" for name, value in seconds.items()),
         f"total {sum(seconds.values()):.0f}",
     )
-    print(f"curves: {plot_curves(config.run)}   summary: {config.run / 'summary.json'}   models: {config.run}/*/model")
+    print(f"report: {report_on(config)}   models: {config.run}/*/model")
     return seconds
+
+
+def report_on(config: Config) -> Path:
+    """Measure the reward model's calibration, and write the report about everything; returns its path."""
+    calibration.measure(calibration.Config(run=config.run, device=config.device))
+    return write_report([config.run])
 
 
 def print_examples(answers: Path, count: int = 3) -> None:

@@ -234,8 +234,8 @@ def scale_of(folder: Path) -> float:
     return json.loads(path.read_text(encoding="utf-8"))["before"]["std"]
 
 
-def main(config: Config) -> dict[str, Any]:
-    """Measure, write and print; returns the summary."""
+def measure(config: Config) -> dict[str, Any]:
+    """Measure and write <run>/calibration.json; returns the summary."""
     folder = model_folder(config.model or config.run / "reward" / "model")
     scale = config.scale or scale_of(folder)
     if config.comparisons:
@@ -248,6 +248,12 @@ def main(config: Config) -> dict[str, Any]:
     summary = summarise(score_pairs(model, encoding, records, scale=scale, max_tokens=config.micro_batch_tokens))
     config.run.mkdir(parents=True, exist_ok=True)
     write_json(config.run / "calibration.json", summary)
+    return summary
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Measure, draw and print; returns the summary."""
+    summary = measure(config)
     plot(summary, config.run / "calibration.png")
     print(table(summary))
     return summary

@@ -43,7 +43,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, object]]:
         return stage
 
     monkeypatch.setattr(main, "STAGES", {name: (stand_in(name), config) for name, (_, config) in main.STAGES.items()})
-    monkeypatch.setattr(main, "plot_curves", lambda run: run / "curves.png")
+    monkeypatch.setattr(main, "report_on", lambda config: config.run / "report.html")
     return ran
 
 
@@ -61,7 +61,7 @@ def test_every_stage_gets_run_seed_and_device(preset: str, stages: list, tmp_pat
     assert json.loads((run / "seconds.json").read_text()) == seconds
     for name, config in stages:
         smaller = main.SMOKE[name] if preset == "smoke" else {}
-        expected = {"run": run, "seed": 7, "device": "cpu", **smaller}
+        expected = {"run": run, "seed": 7, "device": "cpu", **main.DEMO.get(name, {}), **smaller}
         assert asdict(config) == {**asdict(MODULES[name].Config()), **expected}
 
 

@@ -1,41 +1,219 @@
-"""The sheet of curves: one panel a metric of the stages that ran."""
+"""The report: what it says about runs of every state, its verdict, and the charts that it draws."""
 
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from pathlib import Path
 
 import pytest
+from reporting import BROKEN, FALLING, RISING, ROWS, SUMMARY, Page, a_run, page_of, point, write
 
-from minirlhf import report
+from minirlhf.healthy import HEALTHY, Band
+from minirlhf.report import write_report
+from minirlhf.report.chart import Axis, Line, chart, log_ticks, thinned, ticks
+from minirlhf.report.markup import brief, number
+from minirlhf.report.page import SECTIONS
+from minirlhf.report.run import kind_of, read_run
+from minirlhf.report.verdict import fall, over_optimised
 
 
-def test_panels_show_the_metrics_of_the_stages_that_ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import matplotlib
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return a_run(tmp_path / "run")
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
 
-    rows = {
-        "sft": [{"step": 0, "loss": 3.0}, {"step": 5, "loss": 2.0, "validation_loss": 2.5}],
-        "dpo": [{"step": 0, "loss": 0.7, "reward_chosen": 0.0, "reward_rejected": -1.0, "validation_accuracy": 0.5}],
-    }
-    for stage, values in rows.items():
-        (tmp_path / stage).mkdir()
-        (tmp_path / stage / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in values))
-    figures = []
-    monkeypatch.setattr(plt, "close", figures.append)  # keep the figure to look at
-    picture = report.plot_curves(tmp_path)
-    assert picture.read_bytes().startswith(b"\x89PNG")
-    (figure,) = figures
-    curves = {a.get_title(): [tuple(p) for p in a.lines[0].get_xydata()] for a in figure.axes if a.lines}
-    assert curves == {
-        "SFT: loss (nats a token)": [(0, 3.0), (5, 2.0)],
-        "SFT: held-out loss (nats a token)": [(5, 2.5)],
-        "DPO: loss": [(0, 0.7)],
-        "DPO: held-out accuracy": [(0, 0.5)],
-        "DPO: implicit reward, chosen": [(0, 0.0)],
-        "DPO: implicit reward, rejected": [(0, -1.0)],
-    }
-    monkeypatch.undo()
-    plt.close(figure)
+# ------------------------------------------------------------------------------------------------------------- content
+def test_a_finished_run_has_every_section_and_its_numbers(run: Path) -> None:
+    page = page_of(run)
+    assert (run / "report.html").is_file()
+    assert [s["id"] for s in page.all("section")] == list(SECTIONS)
+    assert [a["href"] for a in page.all("a")] == [f"#{name}" for name in SECTIONS]
+    assert "Not there yet" not in page.text and "-0.0" not in page.text
+    for words in (
+        "PPO did not over-optimise.",
+        "All 9 thresholds are met.",
+        "92.5% of 2302 pairs",
+        "75% (72% to 78%)",
+        "ppo, step 3: clip Lower the rate.",
+        "+0.78 (+0.73 to +0.83)",
+        "at most 1.8",
+        "end 0.6 ✗ outside healthy: at most 0.3",  # the clip fraction
+        "end 0.4",
+        "150",
+        "train.jsonl abababababab",
+        "sft/model cdcdcdcdcdcd",
+        "torch 2.13; threads 2. All stages: 92 s.",
+        "sftfinished239 s7",  # two steps, 39.4 seconds, seed 7
+        "dpofinished25 s7",  # the sum of timing.jsonl where seconds.json says nothing
+    ):
+        assert words in re.sub(r"\s+", " ", page.text), words
+
+
+def test_every_chart_says_what_it_is_and_healthy_ranges_are_shaded(run: Path) -> None:
+    source = write_report([run]).read_text()
+    page = Page(source)
+    assert len(page.all("svg")) >= 15
+    for svg in page.all("svg"):
+        assert svg["role"] == "img" and len(svg["aria-label"]) > 10
+    titles = re.findall(r"<svg[^>]*><title>([^<]+)</title>", source)
+    assert len(titles) == len(page.all("svg"))
+    healthy = [s["aria-label"] for s in page.all("svg") if "healthy: " in s["aria-label"]]
+    assert len(healthy) == len([r for r in page.all("rect") if r.get("class") == "band"]) >= 8
+    assert "Share of tokens clipped, against iteration; healthy: at most 0.3" in healthy
+
+
+def test_answers_stand_beside_each_other_with_the_judges_three_marks(run: Path) -> None:
+    rows = [
+        {
+            "prompt": "\n\nHuman: Please help me to trap the seal.\n\nAssistant:",
+            "sft": " You can trap the seal with a net.",
+        },
+        {
+            "prompt": "\n\nHuman: What does the bear eat?\n\nAssistant:",
+            "sft": " The bear eats honey.",
+            "ppo": " The bear.",
+        },
+        {"prompt": "Not of this world", "sft": " Well", "best-of-4": " Four", "best-of-16": " Sixteen"},
+    ]
+    write(run / "answers.jsonl", rows)
+    text = page_of(run).text
+    assert "Human: Please help me to trap the seal.sftYou can trap the seal with a net.✗ helpful −1" in text
+    assert "✗ harmless −1" in text and "Not of this worldsftWellnot judgedbest-of-16Sixteen" in text
+    assert "The bear eats honey.✓ helpful +1 ✓ honest +1 ✓ harmless +1ppoThe bear.✗ helpful −1" in text
+    assert "1 prompts where PPO's answer is judged furthest below SFT's" in text
+
+
+@pytest.mark.parametrize("missing", ["sft", "feedback", "reward", "ppo", "dpo", "all but sft", "files", "rows"])
+def test_unfinished_runs_have_a_report_too(missing: str, run: Path) -> None:
+    for stage in ROWS:
+        if stage == missing or (missing == "all but sft" and stage != "sft"):
+            shutil.rmtree(run / stage)
+    if missing in ("files", "all but sft"):
+        for name in ("summary.json", "answers.jsonl", "calibration.json", "seconds.json"):
+            (run / name).unlink()
+    if missing == "rows":  # as a process leaves them that is at its first steps, or was killed in a line
+        (run / "sft" / "metrics.jsonl").write_text('{"step": 0, "loss": 3.0}\n{"step": 1, "lo')
+        (run / "ppo" / "metrics.jsonl").write_text("")
+        (run / "dpo" / "run.json").unlink()
+        (run / "dpo" / "stage.json").unlink()
+    page = page_of(run)
+    assert [s["id"] for s in page.all("section")] == list(SECTIONS)
+    if missing in ("files", "all but sft"):
+        assert "python -m minirlhf.evaluate --run RUN" in page.text and "no threshold can be checked" in page.text
+    if missing in ("ppo", "all but sft"):
+        assert "PPO has not begun in this run." in page.text
+    if missing == "rows":
+        assert "end 3" in page.text and "not finished" in page.text
+
+
+def test_several_runs_lie_over_each_other(tmp_path: Path) -> None:
+    runs = [a_run(tmp_path / name / "tiny", trace=trace) for name, trace in (("a", RISING), ("b", FALLING))]
+    setup = json.loads((runs[1] / "ppo" / "run.json").read_text())
+    setup["config"]["beta"] = 0.005
+    (runs[1] / "ppo" / "run.json").write_text(json.dumps(setup))
+    page = page_of(*runs, out=tmp_path / "out")
+    assert (tmp_path / "out" / "report.html").is_file() and not (runs[0] / "report.html").exists()
+    text = re.sub(r"\s+", " ", page.text)
+    assert "a/tiny PPO did not over-optimise." in text.replace("Verdicta/tiny", "a/tiny ")
+    assert "PPO over-optimised." in text and "ppo: beta0.10.005" in text
+    assert "ppo: run" not in text and "ppo: seed" not in text  # these do not differ, or must
+    assert "a/tiny: end 0.4 b/tiny: end 0.4" in text and "judge: 2, 0.4" in text  # at sqrt(4)
+    assert "a/tiny: best-of-16" in text and "b/tiny: best-of-16" in text and "b/tiny: reward" in text
+    losses = [p for p in page.all("path") if p.get("class") in ("line c0", "line c1")]
+    assert len(losses) >= 2 * 8  # both in every chart of the stages
+
+
+def test_a_second_policy_of_a_run_is_drawn_beside_the_first(run: Path) -> None:
+    shutil.copytree(run / "ppo", run / "ppo-bold")
+    write(run / "ppo-bold" / "trace.jsonl", FALLING)
+    text = page_of(run).text
+    assert "PPO did not over-optimise." in text and "PPO (ppo-bold) over-optimised." in text
+    assert "ppo-bold: judge" in text and "ppo-bold: end 0.6" in text
+    assert kind_of("mine", [{"step": 0, "loss": 1.0, "reward_chosen": 0.0, "accuracy": 0.5}]) == "dpo"
+    assert kind_of("mine", [{"step": 0, "loss": 1.0, "accuracy": 0.5}]) == "reward"
+    assert kind_of("mine", []) == "other"
+
+
+# ------------------------------------------------------------------------------------------------------------- verdict
+@pytest.mark.parametrize(
+    "trace, answer, words",
+    [
+        (RISING, "no", "The judge's best is the last measurement."),
+        (FALLING, "yes", "from +0.15 to −0.30, its best was +0.40 at iteration 6 (KL 4.0 nats)"),
+        (BROKEN, "broke", "and the reward fell too"),
+        ([*RISING, point(18, 1.4, 1.0, 0.78, spread=0.9)], "no", "could be told from chance"),
+        ([], "unknown", "Whether the judge's mark was higher in between was not measured"),
+    ],
+)
+def test_the_verdict_and_the_numbers_behind_it(trace: list, answer: str, words: str, run: Path) -> None:
+    write(run / "ppo" / "trace.jsonl", trace)
+    found = read_run(run, "run")
+    finding = over_optimised(found, found.of_kind("ppo")[0])
+    assert finding.answer == answer and words in finding.why
+    assert finding.headline in page_of(run).text
+
+
+def test_without_a_trace_a_judge_that_prefers_sft_is_enough(run: Path) -> None:
+    (run / "ppo" / "trace.jsonl").unlink()
+    summary = json.loads(json.dumps(SUMMARY))
+    summary["models"]["ppo"] |= {"win_rate": {"mean": 0.3, "interval": [0.25, 0.35]}, "kl": 30.0, "length": 25.0}
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = page_of(run).text
+    assert "PPO over-optimised." in text and "3 of 9 thresholds not met: PPO is better than SFT" in text
+
+
+def test_a_fall_is_a_mean_of_differences_with_its_error() -> None:
+    # differences 1, 0, 0, 1: mean 1/2, deviation sqrt(4 * 1/4 / 3), error that / 2
+    mean, error = fall({"marks": [1.0, 0.5, -1.0, 1.0]}, {"marks": [0.0, 0.5, -1.0, 0.0]})
+    assert mean == 0.5 and error == pytest.approx((1 / 3) ** 0.5 / 2, rel=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------- one table, twice
+def test_the_glossary_has_the_healthy_ranges_of_the_table() -> None:
+    glossary = (Path(__file__).parent.parent / "docs" / "glossary.md").read_text(encoding="utf-8")
+    told = {}
+    for section in glossary.split("\n## ")[1:]:
+        heading, *lines = section.splitlines()
+        kind = re.search(r"`([\w-]+)[./]", heading)[1]
+        rows = [(re.match(r"\| `(\w+)` \|", line), re.findall(r"\*\*(.+?)\*\*", line)) for line in lines]
+        told |= {(kind, name[1]): bold[0] for name, bold in rows if name and bold}
+    assert told == {place: str(band) for place, band in HEALTHY.items()}
+
+
+def test_ranges_in_words_and_in_units_of_the_first_value() -> None:
+    assert [str(Band(high=1e-4)), str(Band(low=0.9)), str(Band(0, 10))] == ["at most 0.0001", "at least 0.9", "0 to 10"]
+    half = Band(0.5, 2, of_first=True)
+    assert str(half) == "0.5 to 2 of the first" and half.beside(10.0) == Band(5.0, 20.0)
+    assert 20.0 in half.beside(10.0) and 20.1 not in half.beside(10.0) and 0.3 in Band(high=0.3)
+
+
+# -------------------------------------------------------------------------------------------------------------- charts
+def test_a_line_is_drawn_where_its_numbers_are() -> None:
+    svg = chart("t", [Line("a", [(0, 0.0), (1, float("nan")), (5, 5.0), (10, 10.0)])], x_label="step")
+    path = re.search(r'class="line c0" d="M([\d. L]+)"', svg)[1]
+    (x0, y0), (x1, y1), (x2, y2) = (tuple(map(float, p.split())) for p in path.split("L"))
+    assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11) and y0 - y1 == pytest.approx(y1 - y2, abs=0.11)  # one decimal
+    assert y0 > y2 and (x0, y0) == (52.0, 192.0)  # the frame's corner: left 52, bottom 230 - 38
+    assert "no number yet" in chart("t", [Line("a", [(0, float("inf"))])], x_label="step")
+
+
+def test_axes_have_round_numbers() -> None:
+    assert ticks(0.0, 10.0) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
+    assert ticks(-0.31, 0.82) == [-0.25, 0.0, 0.25, 0.5, 0.75]
+    assert log_ticks(0.2, 7.0) == pytest.approx([0.2, 0.5, 1.0, 2.0, 5.0])
+    assert Axis(1.0, 100.0, 0.0, 200.0, log=True).place(10.0) == pytest.approx(100.0)
+    assert Axis(0.0, 4.0, 100.0, 0.0).place(1.0) == 75.0 and Axis(0.0, 4.0, 100.0, 0.0).place(9.0) == 0.0
+
+
+def test_long_curves_are_drawn_as_means() -> None:
+    assert thinned([(0, 1.0), (1, 3.0), (2, 5.0), (3, 9.0), (4, 4.0)], 3) == [(0.5, 2.0), (2.5, 7.0), (4.0, 4.0)]
+    assert thinned([(0, 1.0), (1, 3.0)], 2) == [(0, 1.0), (1, 3.0)]
+    assert [number(11447.0), number(-0.00012345), brief(0.0), brief(-0.5), brief(1.0)] == [
+        "11,447",
+        "−0.0001234",
+        "0",
+        "−0.5",
+        "+1",
+    ]

@@ -1,0 +1,5 @@
+"""Runs as a page: one self-contained report.html, to be opened in any browser, without network. See docs/report.md."""
+
+from minirlhf.report.page import write_report
+
+__all__ = ["write_report"]

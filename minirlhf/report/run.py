@@ -1,0 +1,162 @@
+"""What the folder of a run holds, as far as it has got: any stage, and any file of a stage, may be missing."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minirlhf.hints import FILE as HINTS
+from minirlhf.runtime import UserError, require
+from minirlhf.trace import FILE as TRACE
+
+KINDS = ("sft", "feedback", "reward", "ppo", "dpo")
+Row = dict[str, Any]
+
+# A number that only this kind of stage logs, for stages whose folders have names of their own.
+TELLING = {
+    "ppo": "score",
+    "dpo": "reward_chosen",
+    "feedback": "agreement_with_judge",
+    "reward": "accuracy",
+    "sft": "loss",
+}
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """One stage's folder.
+
+    kind     one of KINDS, or "other"
+    setup    run.json: configuration, inputs, models, versions, machine; empty where it is missing
+    rows     of metrics.jsonl;  hints, trace  of the files of these names
+    seconds  that its steps took, as far as timing.jsonl tells
+    """
+
+    name: str
+    kind: str
+    setup: dict[str, Any]
+    rows: list[Row]
+    hints: list[Row]
+    trace: list[Row]
+    seconds: float
+    finished: bool
+
+    def points(self, metric: str) -> list[tuple[float, float]]:
+        """(step, value) wherever the metric was logged as a finite number."""
+        return [(row["step"], row[metric]) for row in self.rows if is_number(row.get(metric)) and "step" in row]
+
+    def metrics(self) -> list[str]:
+        """The names of its numbers, in the order in which they appear."""
+        return [name for name in dict.fromkeys(name for row in self.rows for name in row) if name != "step"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    label     what it is called in the report
+    seconds   seconds.json of the demo;  summary, answers  of the evaluation;  calibration  of the reward model
+    """
+
+    label: str
+    folder: Path
+    stages: list[StageRun]
+    seconds: dict[str, float]
+    summary: dict[str, Any]
+    answers: list[Row]
+    calibration: dict[str, Any]
+    models: dict[str, Row] = field(default_factory=dict)
+
+    def of_kind(self, kind: str) -> list[StageRun]:
+        """Its stages of a kind, the one with the usual name first."""
+        return [stage for stage in self.stages if stage.kind == kind]
+
+
+def is_number(value: object) -> bool:
+    """A finite int or float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no file; raises UserError where it is not one."""
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path}: is not JSON ({error}); make it again, or remove it") from error
+    require(isinstance(value, dict), f"{path}: is not a JSON object; make it again, or remove it")
+    return value
+
+
+def read_lines(path: Path) -> list[Row]:
+    """The objects of a JSONL file, none where there is no file. A last line without an end is still being written."""
+    if not path.is_file():
+        return []
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: is not JSON ({error}); make it again, or remove it") from error
+        require(isinstance(row, dict), f"{path}:{number}: is not a JSON object; make it again, or remove it")
+        rows.append(row)
+    return rows
+
+
+def kind_of(name: str, rows: Sequence[Row]) -> str:
+    """What kind of stage wrote these rows into a folder of this name."""
+    if name in KINDS:
+        return name
+    first = rows[0] if rows else {}
+    return next((kind for kind, metric in TELLING.items() if metric in first), "other")
+
+
+def read_stage(folder: Path) -> StageRun:
+    """A stage, finished or not."""
+    rows = read_lines(folder / "metrics.jsonl")
+    return StageRun(
+        name=folder.name,
+        kind=kind_of(folder.name, rows),
+        setup=read_object(folder / "run.json"),
+        rows=rows,
+        hints=read_lines(folder / HINTS),
+        trace=read_lines(folder / TRACE),
+        seconds=sum(row["seconds"] for row in read_lines(folder / "timing.jsonl") if is_number(row.get("seconds"))),
+        finished=read_object(folder / "stage.json").get("finished") is True,
+    )
+
+
+def read_run(folder: Path, label: str) -> Run:
+    """A run; raises UserError where the folder holds none."""
+    require(folder.is_dir(), f"{folder}: no such folder; give the folder of a run, as runs/tiny")
+    parts = sorted(path for path in folder.iterdir() if path.is_dir())
+    stages = [read_stage(path) for path in parts if any((path / f).is_file() for f in ("run.json", "metrics.jsonl"))]
+    order = (*KINDS, "other")
+    stages.sort(key=lambda stage: (order.index(stage.kind), stage.name != stage.kind, stage.name))
+    summary = read_object(folder / "summary.json")
+    require(bool(stages or summary), f"{folder}: holds no stage of a run; give the folder above sft/, reward/, ppo/")
+    return Run(
+        label=label,
+        folder=folder,
+        stages=stages,
+        seconds=read_object(folder / "seconds.json"),
+        summary=summary,
+        answers=read_lines(folder / "answers.jsonl"),
+        calibration=read_object(folder / "calibration.json"),
+        models={name: row for name, row in (summary.get("models") or {}).items() if isinstance(row, dict)},
+    )
+
+
+def read_runs(folders: Sequence[Path]) -> list[Run]:
+    """Several runs, each called by the end of its path that tells it from the others."""
+    whole = [folder.resolve() for folder in folders]
+    require(len(set(whole)) == len(whole), f"{folders[0]}: is given twice; name each run once")
+    depth = 1
+    while len({path.parts[-depth:] for path in whole}) < len(whole):
+        depth += 1
+    return [read_run(folder, "/".join(path.parts[-depth:])) for folder, path in zip(folders, whole, strict=True)]
