@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minirlhf import data, processes, tokenizer
+from minirlhf import data, dry_run, processes, tokenizer
 from minirlhf.bradley_terry import accuracy
 from minirlhf.dpo import dpo_loss, implicit_rewards
 from minirlhf.hub import model_or_earlier
@@ -42,6 +42,7 @@ from minirlhf.settings import (
     TokenBudget,
 )
 from minirlhf.stage import Stage, require_finite
+from minirlhf.track import TrackerName
 
 
 @dataclass
@@ -82,6 +83,10 @@ class Config(Settings):
     """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
     validation_every: Count = 50
     """Optimizer steps between two measurements on held-out comparisons."""
+    track: TrackerName | None = None
+    """Show the metrics in `tensorboard` or `wandb` as well; Weights & Biases stays offline unless WANDB_MODE is set."""
+    dry_run: bool = False
+    """Say what would be done and about what it takes, read no weights and write nothing."""
     resume: bool = False
     """Go on from the newest whole checkpoint; a finished stage is left as it is."""
     checkpoint_every: Count = 50
@@ -131,10 +136,11 @@ class ReferencedComparison(data.Comparison):
     ref_seq_logprobs: list[float]
 
 
-def seq_logprobs(model: GPT, batch: data.PairBatch) -> Tensor:
+def seq_logprobs(model: GPT, batch: data.PairBatch, *, temperature: float = 1.0) -> Tensor:
     """(R,) log pi(y|x) of R responses: summed over the tokens, never averaged, because length matters in DPO."""
     hidden = model.hidden(batch.tokens, positions=batch.positions, visible=batch.visible).flatten(0, 1)
-    logprobs = model.head_logprobs(hidden[batch.sources], batch.tokens.flatten()[batch.targets])
+    targets = batch.tokens.flatten()[batch.targets]
+    logprobs = model.head_logprobs(hidden[batch.sources], targets, temperature=temperature)
     return logprobs.new_zeros(len(batch.ends)).index_add(0, batch.owners, logprobs)
 
 
@@ -147,10 +153,10 @@ def with_reference(
 
 
 def pair_logprobs(
-    policy: GPT, comparisons: list[ReferencedComparison], pairs: data.PairBatch
+    policy: GPT, comparisons: list[ReferencedComparison], pairs: data.PairBatch, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four (N,) arguments of `dpo_loss`, chosen and rejected from one forward pass."""
-    logprobs = seq_logprobs(policy, pairs)
+    logprobs = seq_logprobs(policy, pairs, temperature=temperature)
     known = [value for c in comparisons for value in c.ref_seq_logprobs]
     ref = torch.tensor(known, dtype=logprobs.dtype, device=logprobs.device)
     return logprobs[pairs.chosen], logprobs[pairs.rejected], ref[pairs.chosen], ref[pairs.rejected]
@@ -223,6 +229,12 @@ def main(config: Config) -> Path:
     train, validation = (data.encode_comparisons(encoding, side, max_length=shape.n_positions) for side in sides)
     data.require_both_sides(file, train, validation)
     total_steps = data.total_steps(config.epochs, len(train), config.batch_size)
+    if config.dry_run:
+        often = {"batch_size": config.batch_size, "validation_every": config.validation_every}
+        scored = data.token_count([*train, *validation])  # once, by the reference
+        plan = dry_run.supervised(total_steps, shape, train, validation, **often, frozen=(shape,), scored=scored)
+        dry_run.show(plan, config, device=device, dtype=dtype)
+        return output
     policy = GPT.from_pretrained(folder).to(device)
     policy.gradient_checkpointing = config.gradient_checkpointing
     reference = copy.deepcopy(policy).eval().requires_grad_(False)

@@ -13,7 +13,7 @@ import tiny
 
 import train_dpo
 import train_ppo
-from minirlhf import evaluate
+from minirlhf import comparison, evaluate, online_dpo
 from minirlhf.data import readers
 
 ROOT = Path(__file__).parent.parent
@@ -45,8 +45,13 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tiny.copy_of(tiny.finished_run(), tmp_path_factory.mktemp("docs") / "run", *stages)
     more = {"kl_in": "loss", "ptx_data": str(run / "train.jsonl"), "ptx_coefficient": 0.1}
     tiny.run_stage("ppo", run, stage="ppo-more", iterations=1, **more)
+    online_dpo.main(tiny.online_dpo_config(run))
     settings = {"prompts": run / "prompts.jsonl", "max_prompts": 4, "best_of": (2,), "max_new_tokens": tiny.LONGEST}
     evaluate.main(evaluate.Config(run=run, device="cpu", **settings))
+    judges = {"judge": "world", "judge_model": str(run / "sft"), "reward_model": str(run / "reward")}
+    settings |= {"models": (str(run / "sft"), str(run / "ppo")), "prompts": str(run / "prompts.jsonl")} | judges
+    settings.pop("best_of")
+    comparison.main(comparison.Config(out=run / "comparison", device="cpu", **settings))
     return run
 
 
@@ -55,11 +60,15 @@ def numbers(run: Path) -> dict[str, set[str]]:
     rows = {stage: logged(run / stage / "metrics.jsonl") for stage in ("sft", "feedback", "reward", "ppo", "dpo")}
     rows["ppo"] |= logged(run / "ppo-more" / "metrics.jsonl")
     found = {f"{stage}/metrics.jsonl": names - {"step"} for stage, names in rows.items()}
+    found["online-dpo/metrics.jsonl"] = logged(run / "online-dpo" / "metrics.jsonl") - {"step"}
     found["metrics.jsonl"] = set.intersection(*rows.values())
     found["timing.jsonl"] = logged(run / "sft" / "timing.jsonl")
     found["reward/normalisation.json"] = set(json.loads((run / "reward" / "normalisation.json").read_text())["after"])
     summary = json.loads((run / "summary.json").read_text())
     found["summary.json"] = set(summary) | {name for row in summary["models"].values() for name in row}
+    compared = json.loads((run / "comparison" / "comparison.json").read_text())
+    models = compared["models"].values()
+    found["comparison.json"] = set(compared) | {name for m in models for name in [*m, *m["judge_model"]]}
     return found
 
 

@@ -31,7 +31,8 @@ FLOORS = [
     {"experience"},
     {"ppo_update"},
     {"feedback"},
-    {"evaluate", "comparison", "judges", "report", "calibration", "rejection", "chat", "dialogue", "trials", "trace"},
+    {"judges", "comparison", "comparison_table"},
+    {"evaluate", "report", "calibration", "rejection", "chat", "dialogue", "trials", "trace"},
     {"train_sft", "train_reward", "train_ppo", "train_dpo"},
     {"__main__", "ablate", "online_dpo"},
 ]

@@ -26,7 +26,7 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, tokenizer, world
+from minirlhf import data, online_dpo, tokenizer, world
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.model import GPT
 
@@ -136,6 +136,26 @@ def dpo_config(run: Path) -> train_dpo.Config:
         seed=SEED,
         device="cpu",
     )
+
+
+ONLINE_DPO = {
+    "iterations": 3,
+    "rollout_size": 10,
+    "epochs": 2,
+    "minibatches": 2,
+    "max_new_tokens": LONGEST,
+    "temperature": 0.8,
+    "beta": 0.3,
+    "missing_eos_score": -1.5,
+    "learning_rate": 3e-3,
+    "micro_batch_tokens": 64,
+    "checkpoint_every": 1,
+    "seed": SEED,
+}
+
+
+def online_dpo_config(run: Path) -> online_dpo.Config:
+    return online_dpo.Config(run=run, prompts=str(run / "train.jsonl"), device="cpu", **ONLINE_DPO)
 
 
 STAGES: dict[str, tuple[Callable, Callable[[Path], Any]]] = {

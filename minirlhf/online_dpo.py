@@ -1,0 +1,272 @@
+"""Online DPO: the policy answers each prompt twice, a reward labels the two answers, and DPO learns from the pair.
+
+Minimises, over pairs that the policy pi' of this iteration has sampled and r has ordered, r(better) > r(worse),
+
+    L = - mean over pairs of log sigmoid( beta [ log pi/pi_sft (better) - log pi/pi_sft (worse) ] )
+
+    python -m minirlhf.online_dpo                       # after train_reward.py, about a minute on one core
+    python -m minirlhf.online_dpo --loss ipo --beta 2   # any of the three losses that Guo et al. compare
+
+Guo et al. 2024, "Direct Language Model Alignment from Online AI Feedback", arXiv 2402.04792. train_dpo.py learns from
+answers of the SFT model throughout; here they are always the policy's own, as in PPO, and there is no value model.
+At pi = pi_sft the gradient is that of -beta sum over x of [P(win) - P(loss)] against a frozen copy: a policy gradient
+of the rate at which the policy's answers beat its own. Only the order of two scores counts, not their distance.
+
+Two identical answers and two equal scores say nothing, and the pair is left out. An answer without EOS gets
+`missing_eos_score` in place of its score, as in PPO, and is compared like any other: two unfinished ones are a tie,
+and one of them wins only over an answer that scores less than that.
+Left out: a labeller that errs. Scores decide, so a margin has no natural end but the one that beta gives it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from minirlhf import data, ppo, processes, rewards, tokenizer
+from minirlhf.dpo import dpo_loss, hinge_loss, ipo_loss
+from minirlhf.ensemble import Aggregate, RewardEnsemble
+from minirlhf.hub import model_or_earlier
+from minirlhf.model import GPT, read_config
+from minirlhf.model_card import write_model_card
+from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
+from minirlhf.reward import RewardModel
+from minirlhf.rollout import Rollout, collect
+from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
+from minirlhf.settings import Count, Finite, FolderName, NotNegative, Positive, Seed, Settings, TokenBudget
+from minirlhf.stage import Stage, require_finite
+from train_dpo import SUMMED, ReferencedComparison, diagnostics, pair_logprobs
+from train_ppo import reward_function, reward_model_folders, rollout_keys
+
+
+@dataclass
+class Config(Settings):
+    preset: Literal["tiny"] = "tiny"
+    """Set of defaults."""
+    run: Path = Path("runs/tiny")
+    """Folder of the run; this stage writes `<run>/online-dpo`."""
+    stage: FolderName = "online-dpo"
+    """Name of this stage's folder in the run; another name keeps an earlier result."""
+    policy: str | None = None
+    """Folder or hub name of the model that policy and reference start from, by default `<run>/sft/model`."""
+    reward_model: str | None = None
+    """Folder or hub name of the reward model; by default `<run>/reward/model`, and none where `reward` is given."""
+    ensemble: tuple[str, ...] = ()
+    """Folders or hub names of further reward models, with the same tokenizer: the score is that of all together."""
+    aggregate: Aggregate = "mean"
+    """What makes one score of an ensemble's: their mean, the worst, or the mean less `variance_penalty` variances."""
+    variance_penalty: NotNegative = 1.0
+    """See `aggregate`."""
+    reward: tuple[str, ...] = ()
+    """Functions package.module:function, (prompts, responses) -> scores, that are added up; see minirlhf/rewards.py."""
+    prompts: str = str(project_file("world", "prompts.train.jsonl"))
+    """Prompts: a file of any known format (of pairs or demonstrations, their prompts), or a hub name."""
+    split: str = ""
+    """Part of `prompts`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
+    columns: tuple[str, ...] = ()
+    """Fields with other names, as ours=theirs: prompt=query."""
+    iterations: Count = 64
+    """Rollouts; the learning rate falls linearly to 0 over them."""
+    rollout_size: Count = 64
+    """Prompts a rollout, each with two answers."""
+    epochs: Count = 1
+    """Passes over the pairs of a rollout."""
+    minibatches: Count = 1
+    """Optimizer steps an epoch."""
+    max_new_tokens: Count = 32
+    """Length limit of an answer in tokens."""
+    temperature: Positive = 1.0
+    """Of sampling and of every log-probability: policy, reference and training."""
+    loss: Literal["dpo", "ipo", "hinge"] = "dpo"
+    """Of the pairs; beta means something else in each, see minirlhf/dpo.py."""
+    beta: Positive = 0.5
+    """How strongly the policy is held to the reference, per nat; smaller moves further."""
+    missing_eos_score: Finite | None = -1.0
+    """Score of an answer that did not finish, in place of the reward's; `None` keeps the reward's."""
+    learning_rate: NotNegative = 2e-4
+    """Initial learning rate of AdamW."""
+    max_grad_norm: Positive = 1.0
+    """Gradients are scaled so that their joint L2 norm is at most this."""
+    micro_batch_tokens: TokenBudget = 2048
+    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint; a finished stage is left as it is."""
+    checkpoint_every: Count = 10
+    """Iterations between two checkpoints; the newest two are kept."""
+    seed: Seed = 0
+    """Seed of prompt order, sampling and minibatches."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Format of matrix products; auto is bfloat16 on CUDA, else float32."""
+
+
+PRESETS = {"tiny": Config()}
+LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "hinge": hinge_loss}
+
+
+@dataclass
+class State:
+    """All that changes while the stage runs. Prompt order and random streams are functions of `iteration`."""
+
+    policy: GPT
+    optimizer: torch.optim.Optimizer
+    iteration: int = 0
+    fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
+
+
+def label(rollout: Rollout) -> tuple[list[ReferencedComparison], dict[str, int]]:
+    """The pairs of a rollout with two answers to each prompt, the one with the higher score first, and their numbers.
+
+    Which answers belong together is said by `rollout.groups`. Counted: `pairs`, and what was left out, pairs of
+    `identical` answers and `ties` of different ones. Raises ValueError where a prompt has not two answers.
+    """
+    answers = rollout.response_ids()
+    prompts = zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), strict=True)
+    examples = [data.Example(row[:n], ids) for (row, n), ids in zip(prompts, answers, strict=True)]
+    ref = rollout.ref_logprobs.sum(dim=1).tolist()
+    scores, groups = rollout.scores.tolist(), rollout.groups.tolist()
+    found: list[ReferencedComparison] = []
+    counts = {"pairs": 0, "ties": 0, "identical": 0}
+    for group in dict.fromkeys(groups):
+        rows = [row for row, other in enumerate(groups) if other == group]
+        if len(rows) != 2:
+            raise ValueError(f"label: a prompt has {len(rows)} answers; sample two")
+        first, second = rows
+        same = answers[first] == answers[second]
+        kind = "identical" if same else "ties" if scores[first] == scores[second] else "pairs"
+        counts[kind] += 1
+        if kind == "pairs":
+            order = (0, 1) if scores[first] > scores[second] else (1, 0)
+            both = [examples[row] for row in rows]
+            found.append(ReferencedComparison(both, [order], ref_seq_logprobs=[ref[row] for row in rows]))
+    return found, counts
+
+
+def train_step(
+    state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device
+) -> dict[str, Tensor]:
+    """One optimizer step; the loss is the mean over all pairs, however they are divided."""
+    count = len(comparisons)  # one pair each; of the whole minibatch, over micro-batches and processes
+    sums = dict.fromkeys(SUMMED, torch.zeros(()))
+    state.optimizer.zero_grad(set_to_none=True)
+    for part, pairs in data.pair_micro_batches(comparisons, config.micro_batch_tokens):
+        four = pair_logprobs(state.policy, part, pairs.to(device), temperature=config.temperature)
+        loss = LOSSES[config.loss](*four, beta=config.beta, denominator=count)
+        loss.backward()
+        seen = {"loss": loss.detach().cpu(), **diagnostics(four, beta=config.beta, denominator=count)}
+        sums = {name: sums[name] + value for name, value in seen.items()}
+    sums = processes.sum_each(sums)
+    require_finite(loss=sums["loss"])
+    processes.sum_gradients(state.policy)
+    grad_norm = clip_gradients(state.policy, config.max_grad_norm)
+    state.optimizer.step()
+    return {**sums, "grad_norm": grad_norm}
+
+
+def update(
+    state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device
+) -> dict[str, Tensor | int]:
+    """Epochs of shuffled minibatches over the pairs; means over the steps, of which there are none without a pair."""
+    rows = []
+    for epoch in range(config.epochs):
+        order = data.permutation(len(comparisons), config.seed, Stream.MINIBATCH, state.iteration, epoch)
+        for index in torch.tensor(order).tensor_split(config.minibatches):
+            if len(index):  # few pairs may be left
+                rows.append(train_step(state, [comparisons[i] for i in index.tolist()], config, device))
+    means = {name: torch.stack([row[name].cpu() for row in rows]).mean() for name in (rows[0] if rows else ())}
+    return {**means, "optimizer_steps": len(rows)}
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, Tensor]:
+    """What the policy did before this iteration's update; the KL is in nats a response, on these fresh answers."""
+    mask = rollout.mask
+    return {
+        "score": rollout.scores.mean(),
+        "kl": ppo.sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, mask),
+        "response_length": mask.sum(dim=1).float().mean(),
+        "eos_rate": rollout.finished.float().mean(),
+        "sampling_gap": rollout.sampling_gap.max(),
+    }
+
+
+def main(config: Config, *, observe: Callable[[State], None] | None = None) -> Path:
+    """Run the stage; returns the folder of the trained policy. `observe` looks at the state after each iteration."""
+    device = resolve_device(config.device)
+    dtype = resolve_dtype(config.dtype, device)
+    folder = model_or_earlier(config.policy, "--policy", config.run / "sft" / "model")
+    functions = {spec: rewards.load(spec) for spec in config.reward}
+    reward_folders = reward_model_folders(config)
+    output = config.run / config.stage / "model"
+    models = (folder, *reward_folders)
+    files = [*data.local_files(config.prompts), *rewards.source_files(functions)]
+    stage = Stage(config.run / config.stage, config, inputs=files, models=models, resume=config.resume)
+    if stage.finished:
+        return output
+    records = data.load(config.prompts, "prompts", split=config.split, columns=config.columns)
+    shapes = {source: read_config(source) for source in models}
+    encoding = tokenizer.load(folder)
+    for source, shape in shapes.items():
+        tokenizer.check_fits(encoding, shape.vocab_size, source)
+    room = min(shape.n_positions for shape in shapes.values()) - config.max_new_tokens
+    require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
+    prompts = data.encode_prompts(encoding, [r["prompt"] for r in records], max_length=room)
+    data.require_batch("--rollout-size", config.rollout_size, len(prompts))
+    policy = GPT.from_pretrained(folder).to(device)
+    policy.gradient_checkpointing = config.gradient_checkpointing
+    reference = copy.deepcopy(policy).eval().requires_grad_(False)
+    members = [RewardModel.from_pretrained(f).to(device).eval().requires_grad_(False) for f in reward_folders]
+    parts = [rewards.FunctionReward(spec, function, encoding) for spec, function in functions.items()]
+    if members:
+        ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
+        parts.insert(0, reward_function(ensemble if config.ensemble else members[0]))
+    state = State(policy, adamw(policy, learning_rate=config.learning_rate))
+
+    with stage.begin(state, steps=config.iterations, checkpoint_every=config.checkpoint_every):
+        while state.iteration < config.iterations:
+            iteration = state.iteration
+            learning_rate = config.learning_rate * linear_schedule(iteration, config.iterations)
+            set_learning_rate(state.optimizer, learning_rate)
+            chosen = data.batch_indices(len(prompts), config.rollout_size, seed=config.seed, step=iteration)
+            rows = [(prompt, candidate) for prompt in chosen for candidate in range(2)]
+            with autocast(device, dtype), stage.attempt() as fitted:
+                rollout = collect(
+                    policy,
+                    reference,
+                    None,
+                    rewards.total(parts),
+                    [prompts[prompt] for prompt, _ in rows],
+                    keys=rollout_keys(iteration, rows, 2),
+                    seed=config.seed,
+                    eos_id=encoding.eot_token,
+                    max_new_tokens=config.max_new_tokens,
+                    temperature=config.temperature,
+                    missing_eos_score=config.missing_eos_score,
+                    rescore=dtype != torch.float32,
+                    max_tokens=fitted.micro_batch_tokens,
+                    groups=[prompt for prompt, _ in rows],
+                )
+                require_finite(scores=rollout.scores)
+                pairs, counts = label(rollout)
+                metrics = {**rollout_metrics(rollout), **counts, **update(state, pairs, fitted, device)}
+                state.iteration += 1
+                stage.finish(iteration, {**metrics, "learning_rate": learning_rate}, tokens=int(rollout.lengths.sum()))
+            if observe and state.iteration > iteration:
+                observe(state)
+        if processes.is_writer():
+            policy.save_pretrained(output)
+            tokenizer.save(encoding, output)
+            write_model_card(output, script="minirlhf.online_dpo", objective="Online DPO: its own answers, labelled.")
+    return output
+
+
+if __name__ == "__main__":
+    run_script(main, PRESETS, several=True)
