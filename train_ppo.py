@@ -272,6 +272,7 @@ def plan(config: Config, shapes: Mapping[Path | str, GPTConfig], prompts: Sequen
         epochs=config.epochs,
         minibatches=config.minibatches,
         group_size=config.group_size,
+        note="; every response taken for as long as it may be",
     )
 
 

@@ -29,7 +29,7 @@ from typing import Literal
 
 import torch
 
-from minirlhf import data, processes, tokenizer
+from minirlhf import data, dry_run, processes, tokenizer
 from minirlhf.bradley_terry import accuracy, bradley_terry_loss
 from minirlhf.hub import model_or_earlier
 from minirlhf.metrics import write_json
@@ -42,6 +42,7 @@ from minirlhf.rollout import over_micro_batches, sample
 from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
 from minirlhf.settings import AtLeastTwo, Count, NotNegative, Positive, Seed, Settings, Share, Steps, TokenBudget
 from minirlhf.stage import Stage, require_finite
+from minirlhf.track import TrackerName
 
 
 @dataclass
@@ -97,6 +98,10 @@ class Config(Settings):
     """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
     gradient_checkpointing: bool = False
     """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
+    track: TrackerName | None = None
+    """Show the metrics in `tensorboard` or `wandb` as well; Weights & Biases stays offline unless WANDB_MODE is set."""
+    dry_run: bool = False
+    """Say what would be done and about what it takes, read no weights and write nothing."""
     resume: bool = False
     """Go on from the newest whole checkpoint; a finished stage is left as it is."""
     checkpoint_every: Count = 100
@@ -247,6 +252,12 @@ def main(config: Config) -> Path:
     prompts = data.encode_prompts(encoding, texts, max_length=room)
     data.require_both_sides(file, train, validation)
     total_steps = data.total_steps(config.epochs, len(train), config.batch_size)
+    if config.dry_run:
+        often = {"batch_size": config.batch_size, "validation_every": config.validation_every or total_steps}
+        scored = 4 * sum(len(prompt) + config.max_new_tokens for prompt in prompts)  # sampled and scored, twice
+        plan = dry_run.supervised(total_steps, shape, train, validation, **often, frozen=(shape,), scored=scored)
+        dry_run.show(plan, config, device=device, dtype=dtype)
+        return output
     policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
     model = RewardModel.from_gpt(policy, generator=torch.Generator().manual_seed(config.seed))
     model.gpt.gradient_checkpointing = config.gradient_checkpointing

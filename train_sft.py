@@ -21,7 +21,7 @@ from typing import Literal
 import tiktoken
 import torch
 
-from minirlhf import data, processes, tokenizer
+from minirlhf import data, dry_run, processes, tokenizer
 from minirlhf.hub import model_folder
 from minirlhf.model import GPT, GPTConfig, read_config
 from minirlhf.model_card import write_model_card
@@ -31,6 +31,7 @@ from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import autocast, project_file, require, resolve_device, resolve_dtype, run_script
 from minirlhf.settings import Count, NotNegative, Positive, Seed, Settings, Share, Steps, TokenBudget
 from minirlhf.stage import Stage, require_finite
+from minirlhf.track import TrackerName
 
 
 @dataclass
@@ -82,6 +83,10 @@ class Config(Settings):
     """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
     validation_every: Count = 100
     """Optimizer steps between two measurements of the held-out loss."""
+    track: TrackerName | None = None
+    """Show the metrics in `tensorboard` or `wandb` as well; Weights & Biases stays offline unless WANDB_MODE is set."""
+    dry_run: bool = False
+    """Say what would be done and about what it takes, read no weights and write nothing."""
     resume: bool = False
     """Go on from the newest whole checkpoint; a finished stage is left as it is."""
     checkpoint_every: Count = 100
@@ -205,6 +210,11 @@ def main(config: Config) -> Path:
     validation = data.encode_demonstrations(encoding, validation_records, max_length=shape.n_positions)
     require(len(train) > 0 and len(validation) > 0, f"{config.train}: too little to learn from and hold out")
     total_steps = data.total_steps(config.epochs, len(train), config.batch_size)
+    if config.dry_run:
+        often = {"batch_size": config.batch_size, "validation_every": config.validation_every}
+        plan = dry_run.supervised(total_steps, shape, train, validation, **often)
+        dry_run.show(plan, config, device=device, dtype=dtype)
+        return output
     model = (GPT.from_pretrained(folder) if folder else GPT(shape, seed=config.seed)).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
     state = State(model, adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay))

@@ -1,4 +1,4 @@
-"""One stage's run on disk: its configuration, its metrics row by row, its times, and a live line.
+"""One stage's run on disk: its configuration, its metrics row by row, its times; and its progress as it goes on.
 
 `metrics.jsonl` holds no wall-clock values, so that equal runs have equal files; times and rates go to `timing.jsonl`.
 """
@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from minirlhf import processes
+from minirlhf import processes, track
+from minirlhf.progress import Progress
 
 Value = float | int | Tensor
 LOGS = ("metrics.jsonl", "timing.jsonl")
@@ -103,7 +103,8 @@ class RunLog:
         for name, size in (keep or {}).items():
             os.truncate(self.folder / name, size)
         self._metrics, self._timing = ((self.folder / name).open("a", encoding="utf-8") for name in LOGS)
-        self._bar = tqdm(total=steps, initial=done, desc=folder.name, dynamic_ncols=True, mininterval=0.5, disable=None)
+        self._tracker = track.start(getattr(config, "track", None), folder, description["config"], done=done)
+        self._progress = Progress(folder.name, steps=steps, done=done)
 
     def row(self, step: int, values: Mapping[str, Value], *, tokens: int) -> None:
         """Write the metrics of one finished step and the time since the last; `tokens` were processed in it."""
@@ -111,9 +112,15 @@ class RunLog:
         self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
-        self._timing.write(json.dumps({"step": step, "seconds": seconds, "tokens_per_second": tokens / seconds}) + "\n")
-        self._bar.set_postfix_str(" ".join(f"{k} {v:.3g}" for k, v in list(plain.items())[:4]), refresh=False)
-        self._bar.update(1)
+        rate = {"tokens_per_second": tokens / seconds}
+        self._timing.write(json.dumps({"step": step, "seconds": seconds, **rate}) + "\n")
+        if self._tracker:
+            self._tracker.row(step, plain | rate)
+        self._progress.update(plain, tokens=tokens)
+
+    def say(self, text: str) -> None:
+        """A line on standard error that leaves the progress as it is."""
+        self._progress.say(text)
 
     def sync(self) -> dict[str, dict[str, Any]]:
         """Flush the rows to the disk; returns size and SHA-256 of each log."""
@@ -125,7 +132,9 @@ class RunLog:
 
     def close(self) -> float:
         """Close the files; returns the stage's seconds."""
-        self._bar.close()
+        self._progress.close()
+        if self._tracker:
+            self._tracker.close()
         self._metrics.close()
         self._timing.close()
         return time.perf_counter() - self.started

@@ -18,7 +18,6 @@ Of several processes all hold the state, and one writes.
 from __future__ import annotations
 
 import contextlib
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,9 +28,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from minirlhf import checkpoint, memory, processes
+from minirlhf import checkpoint, memory, processes, track
 from minirlhf.checkpoint import MARKER, DiskFull, Manifest, Parts
-from minirlhf.metrics import LOGS, RunLog, Value, source_hash, versions
+from minirlhf.hints import FILE as HINTS
+from minirlhf.hints import Hints
+from minirlhf.metrics import LOGS, RunLog, Value, read_rows, source_hash, versions
 from minirlhf.runtime import DivergenceError, UserError, held_signals, require
 
 KEPT = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
@@ -62,6 +63,7 @@ class Stage:
         self._undo: Parts | None = None  # the state before the unfinished step, once that has changed it
         self._quality: float | None = None
         memory.require_number_for_several(config)
+        track.require_installed(getattr(config, "track", None))
         checkpoint.require_writable(folder)
 
     @property
@@ -127,7 +129,8 @@ class Stage:
         checkpoint.clean(self.root)
         manifest = self._continue() if self.resume else None
         if self.resume and manifest is None:
-            self._clear()
+            results = {"rankings.jsonl"} if self.state is None else set()
+            checkpoint.clear_begun(self.folder, logs={*LOGS, HINTS, "trace.jsonl"}, results=results)
         keep = {name: entry["size"] for name, entry in manifest.logs.items()} if manifest else None
         self.log = RunLog(
             self.folder,
@@ -138,6 +141,8 @@ class Stage:
             keep=keep,
             done=self.done,
         )
+        kept = read_rows(self.folder) if manifest else ()
+        self.hints = Hints(self.folder, self.config, steps=self.steps, rows=kept)
         checkpoint.mark_begun(self.folder)
         there = len(list(self.root.glob("[0-9]*")))
         checkpoint.require_space(self.folder, (KEPT - min(there, KEPT - 1)) * self.nbytes)
@@ -165,17 +170,6 @@ class Stage:
             other = processes.differing(f"{config} {list(self._hashes().values())} {self.done} {sums}")
             same = "give every machine the same command, files and run folder"
             require(not other, f"{self.folder.name}: process {other} and process 0 would not train the same: {same}")
-
-    def _clear(self) -> None:
-        """Delete a folder that a killed process had begun; one that holds anything else is left to be moved aside."""
-        if self.folder.is_symlink() or not self.folder.is_dir():
-            return
-        names = {path.name for path in self.folder.iterdir() if not path.name.startswith(".saving-")}
-        begun = {"run.json", MARKER, self.root.name, *LOGS}
-        if self.state is None and checkpoint.read_marker(self.folder).get("finished") is False:
-            begun |= {"rankings.jsonl"}
-        if names <= begun:
-            shutil.rmtree(self.folder)
 
     def __enter__(self) -> Self:
         kept = self.state is not None and processes.is_writer()
@@ -234,6 +228,8 @@ class Stage:
         with held_signals():
             self.log.row(step, values, tokens=tokens)
             self.done, self._undo = step + 1, None
+            for hint in self.hints.see({"step": step, **values}):
+                self.log.say(f"hint: {self.folder.name}, {hint}")
             name, direction = self.best or ("", "max")
             self._quality = values[name] * (1 if direction == "max" else -1) if name in values else None
             if self.state is not None and (self.done % self.checkpoint_every == 0 or self.done == self.steps):

@@ -233,7 +233,7 @@ def test_the_pipeline_skips_what_is_finished_and_resumes_the_rest(tmp_path: Path
     tiny.write_inputs(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "STAGES", {name: stand_in(name) for name in pipeline.STAGES})
-        patch.setattr(pipeline, "plot_curves", lambda run: run)
+        patch.setattr(pipeline, "report_on", lambda config: config.run)
         patch.setattr(pipeline, "fresh_folder", lambda run: run)  # the inputs are in it
         with pytest.MonkeyPatch.context() as inner:
             stop_at(inner, ppo_update, "train_step", 6)

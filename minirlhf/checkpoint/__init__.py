@@ -20,7 +20,7 @@ from minirlhf.checkpoint.manifest import (
     read_manifest,
     verify,
 )
-from minirlhf.checkpoint.marker import MARKER, mark_begun, mark_finished, outputs, read_marker
+from minirlhf.checkpoint.marker import MARKER, clear_begun, mark_begun, mark_finished, outputs, read_marker
 from minirlhf.checkpoint.state import Parts, expected, parts, restore
 from minirlhf.checkpoint.store import (
     DiskFull,
@@ -44,6 +44,7 @@ __all__ = [
     "check",
     "check_same",
     "clean",
+    "clear_begun",
     "disk_full",
     "expected",
     "latest",

@@ -26,8 +26,11 @@ FORMAT = 1
 FILES = ("state.safetensors", "state.json")
 NAME = re.compile(r"\d{8}")
 MAX_JSON = 1 << 24  # bytes; no manifest or state.json that was written here is larger
-# What may differ between a run and its continuation: where it lives, how often it saves, memory and speed.
-CHANGEABLE = {"run", "resume", "checkpoint_every", "micro_batch_tokens", "gradient_checkpointing", "device"}
+# What may differ between a run and its continuation: where it lives, how often it saves, memory and speed, who watches.
+CHANGEABLE = {
+    *("run", "resume", "dry_run", "checkpoint_every", "micro_batch_tokens", "gradient_checkpointing", "device"),
+    "track",
+}
 
 
 class Damaged(UserError):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from minirlhf import track
 from minirlhf.checkpoint.manifest import plain, read_json
 from minirlhf.checkpoint.store import write_atomically
 from minirlhf.metrics import file_hash
@@ -39,8 +41,24 @@ def mark_finished(folder: Path, config: Mapping[str, Any], inputs: Mapping[str, 
     write_atomically(folder / MARKER, json.dumps(marker, indent=1))
 
 
+def clear_begun(folder: Path, *, logs: set[str], results: set[str]) -> None:
+    """Delete a folder that a killed process had begun; one that holds anything else is left to be moved aside.
+
+    logs, results  names of what a stage may have written by then; results only where the marker says so
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".saving-")}
+    begun = {"run.json", MARKER, "checkpoints", track.FOLDER, *logs}
+    if results and read_marker(folder).get("finished") is False:
+        begun |= results
+    if names <= begun:
+        shutil.rmtree(folder)
+
+
 def outputs(folder: Path) -> dict[str, str]:
-    """Hashes of the files that a stage has made, by name; the checkpoints have their own."""
+    """Hashes of the files that a stage has made, by name; the checkpoints have their own, a tracker's files none."""
     made = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.is_symlink()]
-    made = [path for path in made if folder / "checkpoints" not in path.parents and path.name != MARKER]
+    apart = {folder / "checkpoints", folder / track.FOLDER}
+    made = [path for path in made if not apart & set(path.parents) and path.name != MARKER]
     return {path.relative_to(folder).as_posix(): file_hash(path) for path in made}

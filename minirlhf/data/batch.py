@@ -30,6 +30,11 @@ class Example:
     response_ids: list[int]
     cut: int = field(default=0, compare=False)  # tokens that the prompt lost at its start to fit the model
 
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
+
 
 @dataclass
 class Batch:
