@@ -28,8 +28,8 @@ import train_dpo
 import train_reward
 from minirlhf import data, ops
 from minirlhf.bradley_terry import bradley_terry_loss
+from minirlhf.decoder import Decoder, sample
 from minirlhf.dpo import dpo_loss
-from minirlhf.generate import sample
 from minirlhf.model import GPT
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel
@@ -152,6 +152,26 @@ def sampling_ways(size: workloads.Size) -> tuple[Way, Way]:
     return lambda: sample(logits, uniforms, temperature=1.0), multinomial
 
 
+def slots_ways(size: workloads.Size) -> tuple[Way, Way]:
+    """Waiting prompts take the slots of rows that end, against one block of prompts after the other.
+
+    Lengths of responses spread as in HH dialogues: log-normal, a tenth below 0.3 and a tenth above 3.2 medians.
+    """
+    gpt, stream, limit = ours.model(size), np.random.default_rng(0), size.context // 2
+    prompts = workloads.rows(size, 4 * size.rows, size.prompt_length).tolist()
+    lengths = np.exp(stream.normal(np.log(limit / 4), 0.9, len(prompts))).clip(1, limit).astype(int)
+    uniforms = torch.from_numpy(stream.uniform(0.01, 1.0, (len(prompts), limit)))
+    uniforms[torch.arange(len(prompts)), torch.from_numpy(lengths) - 1] = 0.0  # draws token 0, which is EOS
+
+    @torch.no_grad()
+    def decode(rows: range) -> None:
+        own = uniforms[rows.start : rows.stop]
+        Decoder(gpt, [prompts[i] for i in rows], own, slots=size.rows, eos_id=0, temperature=1.0).run()
+
+    blocks = [range(start, start + size.rows) for start in range(0, len(prompts), size.rows)]
+    return lambda: decode(range(len(prompts))), lambda: [decode(rows) for rows in blocks]
+
+
 def gelu_ways(size: workloads.Size) -> tuple[Way, Way]:
     """tanh-GELU as one kernel, against its formula spelled out; forward and backward."""
     x = torch.randn(BUDGET, 4 * size.width, requires_grad=True)
@@ -180,6 +200,7 @@ WAYS: dict[str, Callable[[workloads.Size], tuple[Way, Way]]] = {
     "length-sorted micro-batches": sorting_ways,
     "no entropy in scoring": entropy_ways,
     "inverse CDF, 32 x 50,257": sampling_ways,
+    "waiting prompts in free slots": slots_ways,
     "tanh-GELU as one kernel": gelu_ways,
     "fused AdamW, the optimizer step": adamw_ways,
 }

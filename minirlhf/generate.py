@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minirlhf.data import Batch
-from minirlhf.model import GPT, KVCache, log_softmax
+from minirlhf.decoder import Decoder, sample
+from minirlhf.model import GPT
 from minirlhf.runtime import DivergenceError, UserError
 
-COMPACT_BELOW = 0.75  # share of unfinished rows at which the finished ones are dropped from the cache
+__all__ = ["GenerationError", "Samples", "generate", "sample", "stream"]
 
 
 class GenerationError(UserError, ValueError):
@@ -65,23 +66,13 @@ def generate(
     """
     keys = [(row,) for row in range(len(prompts))] if keys is None else keys
     _check(model, prompts, keys, max_new_tokens, eos_id, temperature, slots)
-    weight = model.wte.weight
-    device = weight.device
-    uniforms = _uniforms(seed, keys, max_new_tokens).to(device)
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    padded = _pad(prompts).to(device)
-
-    # Rows that share a batch should have prompts of like length, so that prefill and cache waste little.
-    order = torch.argsort(prompt_lengths, descending=True, stable=True)
-    sampled = torch.zeros(len(prompts), max_new_tokens, dtype=torch.long, device=device)
-    exact = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    logprobs = torch.zeros(sampled.shape, dtype=exact, device=device)
-    for rows in order.split(slots or len(prompts)):
-        lengths = prompt_lengths[rows]
-        part = padded[rows, : int(lengths.max())]
-        sampled[rows], logprobs[rows] = _decode(model, part, lengths, uniforms[rows], eos_id, temperature)
-    _require_finite(logprobs)
-    return _assemble(padded, prompt_lengths, sampled, logprobs, eos_id)
+    uniforms = _uniforms(seed, keys, max_new_tokens)
+    slots = min(slots or len(prompts), len(prompts))
+    decoder = Decoder(model, prompts, uniforms, slots=slots, eos_id=eos_id, temperature=temperature)
+    decoder.run()
+    _require_finite(decoder.logprobs)
+    sampled, logprobs = decoder.sampled[:, :max_new_tokens], decoder.logprobs[:, :max_new_tokens]
+    return _assemble(decoder.prompts, decoder.lengths, sampled, logprobs, eos_id)
 
 
 @torch.no_grad()
@@ -101,74 +92,15 @@ def stream(
     Trap: nothing is checked or computed before the first token is asked for.
     """
     _check(model, [prompt], [key], max_new_tokens, eos_id, temperature, None)
-    device = model.wte.weight.device
-    uniforms = _uniforms(seed, [key], max_new_tokens).to(device)
-    cache = _new_cache(model, torch.tensor([len(prompt)], device=device), max_new_tokens)
-    hidden = model.hidden(_pad([prompt]).to(device), cache)[:, -1]  # (1, C)
-    for step in range(max_new_tokens):
-        tokens, logprobs = sample(F.linear(hidden, model.head_weight), uniforms[:, step], temperature=temperature)
-        _require_finite(logprobs)
-        token = int(tokens)
-        yield token
-        if token == eos_id or step + 1 == max_new_tokens:
+    uniforms = _uniforms(seed, [key], max_new_tokens)
+    decoder = Decoder(model, [prompt], uniforms, slots=1, eos_id=eos_id, temperature=temperature)
+    decoder.admit(torch.tensor([0], device=decoder.rows.device))
+    while True:
+        _require_finite(decoder.logprobs)
+        yield int(decoder.tokens)
+        if not decoder.alive:
             return
-        hidden = model.hidden(tokens[:, None], cache)[:, 0]
-
-
-def sample(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverse CDF; returns tokens (B,) and their log-probabilities (B,).
-
-    The token is the first whose cumulative probability exceeds u, in float64 where the device has it.
-    logits (B, V); uniforms u (B,) in [0, 1); temperature 0 takes the argmax, and scores it at temperature 1.
-    Trap: with u < 1 and the strict comparison a token of probability 0 is never drawn, neither first nor last.
-    """
-    logprobs = log_softmax(logits, temperature or 1.0)  # (B, V)
-    if temperature == 0:
-        tokens = logits.argmax(-1)
-    else:
-        cdf = logprobs.exp().cumsum(-1, dtype=torch.float32 if logits.device.type == "mps" else torch.float64)
-        thresholds = uniforms.to(cdf.dtype) * cdf[:, -1]  # the last value is 1 only up to rounding
-        tokens = torch.searchsorted(cdf, thresholds[:, None], right=True)[:, 0]
-        tokens = tokens.clamp(max=logits.shape[1] - 1)  # nan alone gets there, and `generate` refuses it
-    return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
-
-
-def _decode(
-    model: GPT, prompts: Tensor, lengths: Tensor, uniforms: Tensor, eos_id: int | None, temperature: float
-) -> tuple[Tensor, Tensor]:
-    """Tokens and log-probs (B, max_new_tokens) of one batch; what follows a row's EOS means nothing."""
-    steps = uniforms.shape[1]
-    cache = _new_cache(model, lengths, steps)
-    rows = torch.arange(len(prompts), device=prompts.device)  # of the rows in the cache
-    alive = torch.ones_like(rows, dtype=torch.bool)
-    results: list[tuple[Tensor, Tensor, Tensor]] = []
-    hidden = model.hidden(prompts, cache)[rows, lengths - 1]  # (B, C) at each prompt's last token
-    for step in range(steps):
-        tokens, logprobs = sample(F.linear(hidden, model.head_weight), uniforms[rows, step], temperature=temperature)
-        results.append((rows, tokens, logprobs))
-        if eos_id is not None:
-            alive = alive & (tokens != eos_id)
-            unfinished = int(alive.sum())
-            if unfinished == 0:
-                break
-            if unfinished <= COMPACT_BELOW * len(rows):
-                keep = alive.nonzero()[:, 0]
-                cache.select(keep)
-                rows, tokens, alive = rows[keep], tokens[keep], alive[keep]
-        if step + 1 < steps:
-            hidden = model.hidden(tokens[:, None], cache)[:, 0]
-    sampled = torch.zeros(uniforms.shape, dtype=torch.long, device=prompts.device)
-    recorded = torch.zeros(uniforms.shape, dtype=results[0][2].dtype, device=prompts.device)
-    for step, (index, tokens, logprobs) in enumerate(results):
-        sampled[index, step], recorded[index, step] = tokens, logprobs
-    return sampled, recorded
-
-
-def _new_cache(model: GPT, lengths: Tensor, steps: int) -> KVCache:
-    """An empty cache for prompts of these lengths and `steps` more tokens, in the number format of the forward."""
-    kind, dtype = lengths.device.type, model.wte.weight.dtype
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else dtype
-    return KVCache(model.config, lengths, int(lengths.max()) + steps - 1, dtype=dtype)  # the last is not fed back
+        decoder.step()
 
 
 def _require_finite(logprobs: Tensor) -> None:
@@ -210,13 +142,6 @@ def _uniforms(seed: int, keys: Sequence[tuple[int, ...]], count: int) -> Tensor:
         for key in keys
     ]
     return torch.from_numpy(np.stack(rows))
-
-
-def _pad(prompts: Sequence[Sequence[int]]) -> Tensor:
-    padded = torch.zeros(len(prompts), max(len(prompt) for prompt in prompts), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = torch.tensor(prompt)
-    return padded
 
 
 def _check(

@@ -6,17 +6,22 @@ import itertools
 import json
 import random
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from minirlhf import generate as generate_module
-from minirlhf import ops
+from minirlhf import decoder, kv_cache, ops
+from minirlhf.decoder import Decoder
 from minirlhf.generate import Samples, generate, sample
-from minirlhf.model import GPT, GPTConfig, KVCache
+from minirlhf.kv_cache import KVCache
+from minirlhf.model import GPT, GPTConfig
 
 CONFIG = GPTConfig(vocab_size=7, n_positions=24, n_layer=2, n_head=2, n_embd=16)
 EOS = 6
@@ -252,21 +257,63 @@ def test_a_row_depends_on_no_neighbour_no_order_and_no_number_of_slots(monkeypat
         for place, row in enumerate(rows):
             width = int(other.lengths[place]) - 1
             assert_close(other.logprobs[place, :width], together.logprobs[row, :width])
-    monkeypatch.setattr(generate_module, "COMPACT_BELOW", -1.0)
+    monkeypatch.setattr(decoder, "COMPACT_BELOW", {"cpu": -1.0})
     selections.clear()
     assert responses(run(list(range(24)))) == responses(together) and not selections
 
 
-def test_slots_bound_the_rows_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, sizes = lively(), []
-    hidden = GPT.hidden
+@pytest.mark.parametrize("eos_id", [EOS, None])
+def test_rows_of_very_unequal_lengths_are_the_same_in_any_number_of_slots(eos_id: int | None) -> None:
+    """In float64, where nothing else could hide a key of the row that had the slot before."""
+    model = lively(GPTConfig(vocab_size=7, n_positions=64, n_layer=2, n_head=2, n_embd=16), scale=0.3).double()
+    prompts = [[1 + row % 5] * length for row, length in enumerate([1, 30, 2, 17, 1, 9, 30, 3, 1, 24, 5])]
+    settings = {"max_new_tokens": 30, "eos_id": eos_id, "temperature": 1.3, "seed": 2}
+    whole = generate(model, prompts, **settings)
+    counts = whole.mask.sum(dim=1)
+    assert eos_id is None or (counts.min() <= 2 and counts.max() == 30), "a case of very unequal responses"
+    for slots in (1, 2, 3, 10):
+        parts = generate(model, prompts, slots=slots, **settings)
+        assert torch.equal(parts.tokens, whole.tokens) and torch.equal(parts.finished, whole.finished)
+        assert_close(parts.logprobs, whole.logprobs, rtol=1e-12, atol=1e-12)
+    assert_close(whole.logprobs, model.logprobs(whole.tokens, whole.mask, temperature=1.3).detach())
+
+
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
+    """The shapes of the tokens of every forward from here on."""
+    sizes, hidden = [], GPT.hidden
     monkeypatch.setattr(
         GPT, "hidden", lambda self, tokens, cache: sizes.append(tokens.shape) or hidden(self, tokens, cache)
     )
-    generate(model, some_prompts(10), max_new_tokens=3, eos_id=None, slots=4)
-    assert [rows for rows, _ in sizes] == [4] * 3 + [4] * 3 + [2] * 3
+    return sizes
+
+
+def test_slots_bound_the_rows_decoded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = calls(monkeypatch)
+    generate(lively(), some_prompts(10), max_new_tokens=3, eos_id=None, slots=4)
+    assert [rows for rows, _ in sizes] == [4] * 3 + [4] * 3 + [2] + [2] * 2  # the last slots are given up
     prefill = [width for _, width in sizes if width > 1]
     assert prefill == sorted(prefill, reverse=True) and prefill[0] > prefill[-1]  # like lengths together
+
+
+def test_a_waiting_prompt_takes_the_slot_of_a_row_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = scripted([1, 2, 3, 4, 5, EOS, 1, 2, EOS, 3, 4, 5])
+    sizes = calls(monkeypatch)
+    samples = generate(model, [[1], [0] * 7, [2], [0] * 8], max_new_tokens=5, eos_id=EOS, slots=2)
+    assert responses(samples) == [[1, 2, 3, 4, 5], [1, 2, EOS], [1, 2, 3, 4, 5], [2, EOS]]
+    # Longest first: that of 8 ends after a step and that of 7 after two, and each leaves its slot to a prompt of 1.
+    assert [tuple(size) for size in sizes] == [(2, 8), (2, 1), (1, 1), (2, 1), (1, 1), *[(2, 1)] * 3, (1, 1)]
+
+
+@pytest.mark.parametrize("positions", [1, 7, 12])
+def test_prompts_are_read_in_parts(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, settings = some_prompts(24), {"max_new_tokens": 6, "eos_id": EOS}
+    whole = generate(lively(), prompts, **settings)
+    monkeypatch.setattr(decoder, "PREFILL_POSITIONS", {"cpu": positions})
+    sizes = calls(monkeypatch)
+    parts = generate(lively(), prompts, **settings)
+    assert torch.equal(parts.tokens, whole.tokens)
+    assert_close(parts.logprobs, whole.logprobs)
+    assert all(rows == 1 or rows * width <= positions for rows, width in sizes if width > 1)
 
 
 def test_streams_are_keyed() -> None:
@@ -314,6 +361,83 @@ def test_nothing_global_changes(training: bool) -> None:
     assert not samples.logprobs.requires_grad
     weight = torch.ones_like(samples.logprobs, requires_grad=True)
     (weight * samples.logprobs).sum().backward()
+
+
+def test_slots_that_are_given_up_leave_the_buffer_where_it_is() -> None:
+    cache = KVCache(1, 1, 2, slots=5, capacity=3, dtype=torch.float32)
+    cache.buffer.copy_(torch.arange(5.0)[:, None, None, None])
+    cache.lengths.copy_(torch.tensor([1, 2, 1, 3, 2]))
+    memory = cache.buffer.data_ptr()
+    cache.select(torch.tensor([0, 4, 2]))
+    assert cache.buffer.data_ptr() == memory
+    assert cache.buffer[0, 0, :, 0, 0, 0].tolist() == [0, 4, 2]
+    assert cache.lengths.tolist() == [1, 2, 1] and cache.width == 2
+
+
+# -------------------------------------------------------------------------------------------------- a captured step
+class Recording(TorchDispatchMode):
+    """What a CUDA graph does, on a CPU: keeps the operations of a step, and runs them again on the same memory.
+
+    Recording leaves every tensor as it was. Python does not run again, and results go where they went the first time.
+    """
+
+    HOST = ("_local_scalar_dense", "nonzero", "is_nonzero", "item", "masked_select")
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        super().__init__()
+        self.operations: list[tuple] = []
+        self.kept: dict[int, tuple] = {}
+        with self:
+            step()
+        for storage, copy in self.kept.values():
+            storage.copy_(copy)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func._schema.name.split("::")[1] not in self.HOST, f"{func}: the host waits for the device"
+        for argument, value in zip(func._schema.arguments, args, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                storage = value.untyped_storage()
+                self.kept.setdefault(storage.data_ptr(), (storage, storage.clone()))
+        result = func(*args, **(kwargs or {}))
+        self.operations.append((func, args, kwargs or {}, result))
+        return result
+
+    def __call__(self) -> None:
+        for func, args, kwargs, result in self.operations:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
+@pytest.mark.parametrize("slots", [None, 5])
+@pytest.mark.parametrize("eos_id", [EOS, None])
+def test_a_replayed_step_samples_the_same(eos_id: int | None, slots: int | None, monkeypatch: Any) -> None:
+    """Looked at every few steps, columns in blocks, a captured step: what a GPU does, all but the graph itself."""
+    model, prompts = lively().double(), some_prompts(24)
+    settings = {"max_new_tokens": 16, "eos_id": eos_id, "temperature": 0.7, "slots": slots}
+    whole = generate(model, prompts, **settings)
+    recordings, steps = [], []
+    monkeypatch.setattr(decoder, "capture", lambda step: recordings.append(Recording(step)) or recordings[-1])
+    monkeypatch.setattr(decoder, "REPLAYED", ("cpu",))
+    monkeypatch.setattr(decoder, "CHECK_EVERY", {"cpu": 4})
+    monkeypatch.setattr(kv_cache, "BLOCK", 8)
+    _step = Decoder._step
+    monkeypatch.setattr(Decoder, "_step", lambda self: steps.append(0) or _step(self))
+    replayed = generate(model, prompts, **settings)
+    assert recordings and len(steps) < 30, "most steps are replayed, and run no Python"
+    assert torch.equal(replayed.tokens, whole.tokens)
+    assert_close(replayed.logprobs, whole.logprobs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here: the captured step itself is not tested")
+def test_on_a_gpu_the_captured_step_samples_what_a_cpu_does() -> None:
+    model, prompts = lively().double(), some_prompts(24)
+    settings = {"max_new_tokens": 16, "eos_id": EOS, "temperature": 0.7, "slots": 5}
+    whole = generate(model, prompts, **settings)
+    captured = generate(model.cuda(), prompts, **settings)
+    assert torch.equal(captured.tokens.cpu(), whole.tokens)
+    assert_close(captured.logprobs.cpu(), whole.logprobs)
 
 
 # ------------------------------------------------------------------------------------------------------------ errors

@@ -115,7 +115,8 @@ def test_cached_decoding_is_the_full_forward() -> None:
     for row, length in enumerate(lengths.tolist()):
         prompts[row, length:] = 9 - row  # padding, which decoding has to write over
     full = gpt.hidden(tokens)
-    cache = KVCache(CONFIG, lengths, 11, dtype=torch.float64)
+    cache = KVCache(2, 2, 8, slots=4, capacity=11, dtype=torch.float64)
+    cache.admit(torch.arange(4), lengths)
     prefill = gpt.hidden(prompts, cache)
     rows = torch.arange(4)
     assert_close(prefill[rows, lengths - 1], full[rows, lengths - 1])
@@ -127,6 +128,7 @@ def test_cached_decoding_is_the_full_forward() -> None:
             rows = rows[[1]]
             cache.select(torch.tensor([1]))
         place = lengths[rows] + step
+        cache.widen()
         hidden = gpt.hidden(tokens[rows, place][:, None], cache)[:, 0]
         assert_close(hidden, full[rows, place])
         assert torch.equal(cache.lengths, place + 1)
@@ -134,9 +136,11 @@ def test_cached_decoding_is_the_full_forward() -> None:
 
 def test_a_cache_has_its_own_lengths_and_takes_one_token_after_the_prompt() -> None:
     gpt, lengths = GPT(CONFIG), torch.tensor([2, 3])
-    cache = KVCache(CONFIG, lengths, 8, dtype=torch.float32)
+    cache = KVCache(2, 2, 8, slots=2, capacity=8, dtype=torch.float32)
+    cache.admit(torch.arange(2), lengths)
     assert cache.buffer.shape == (2, 2, 2, 2, 8, 8)  # (n_layer, 2, B, H, T, D)
     gpt.hidden(random_tokens(2, 3), cache)
+    cache.widen()
     gpt.hidden(random_tokens(2, 1), cache)
     assert lengths.tolist() == [2, 3] and cache.lengths.tolist() == [3, 4]
     with pytest.raises(ValueError, match="one token a row"):
