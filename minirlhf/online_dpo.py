@@ -75,9 +75,9 @@ class Config(Settings):
     """Rollouts; the learning rate falls linearly to 0 over them."""
     rollout_size: Count = 64
     """Prompts a rollout, each with two answers."""
-    epochs: Count = 1
+    epochs: Count = 2
     """Passes over the pairs of a rollout."""
-    minibatches: Count = 1
+    minibatches: Count = 4
     """Optimizer steps an epoch."""
     max_new_tokens: Count = 32
     """Length limit of an answer in tokens."""
@@ -85,11 +85,11 @@ class Config(Settings):
     """Of sampling and of every log-probability: policy, reference and training."""
     loss: Literal["dpo", "ipo", "hinge"] = "dpo"
     """Of the pairs; beta means something else in each, see minirlhf/dpo.py."""
-    beta: Positive = 0.5
+    beta: Positive = 0.3
     """How strongly the policy is held to the reference, per nat; smaller moves further."""
     missing_eos_score: Finite | None = -1.0
     """Score of an answer that did not finish, in place of the reward's; `None` keeps the reward's."""
-    learning_rate: NotNegative = 2e-4
+    learning_rate: NotNegative = 1e-4
     """Initial learning rate of AdamW."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled so that their joint L2 norm is at most this."""
