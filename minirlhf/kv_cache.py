@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import torch
 from einops import rearrange
 from torch import Tensor
 
 # A step reads this many columns or a multiple: every shape costs memory for the code of its bfloat16 products on a CPU,
 # and on a GPU a captured step.
-BLOCK = 32
+BLOCK = defaultdict(lambda: 16, cuda=64)
 
 
 class KVCache:
@@ -53,7 +55,8 @@ class KVCache:
     @property
     def columns(self) -> int:
         """Columns that a decode step attends over: those in use, in whole blocks."""
-        return min(-(-self.width // BLOCK) * BLOCK, self.capacity)
+        block = BLOCK[self.buffer.device.type]
+        return min(-(-self.width // block) * block, self.capacity)
 
     def admit(self, slots: Tensor, lengths: Tensor) -> None:
         """The next call reads prompts of these lengths into these slots."""

@@ -421,7 +421,7 @@ def test_a_replayed_step_samples_the_same(eos_id: int | None, slots: int | None,
     monkeypatch.setattr(decoder, "capture", lambda step: recordings.append(Recording(step)) or recordings[-1])
     monkeypatch.setattr(decoder, "REPLAYED", ("cpu",))
     monkeypatch.setattr(decoder, "CHECK_EVERY", {"cpu": 4})
-    monkeypatch.setattr(kv_cache, "BLOCK", 8)
+    monkeypatch.setattr(kv_cache, "BLOCK", {"cpu": 8})
     _step = Decoder._step
     monkeypatch.setattr(Decoder, "_step", lambda self: steps.append(0) or _step(self))
     replayed = generate(model, prompts, **settings)
