@@ -142,8 +142,10 @@ class Config(Settings):
     """Initial learning rate of the value model's AdamW."""
     schedule: Literal["linear", "constant"] = "linear"
     """Both learning rates fall linearly to 0 over the iterations, or stay as they are."""
+    warmup_iterations: Steps = 0
+    """Iterations over which both rise from 0 first: AdamW's first steps are as large as its last, but less certain."""
     adam_eps: Positive = 1e-5
-    """AdamW's epsilon (Ziegler et al. 2019); the usual 1e-8 takes far larger first steps."""
+    """AdamW's epsilon (Ziegler et al. 2019); with the usual 1e-8 small gradients make larger first steps."""
     max_grad_norm: Positive = 1.0
     """Gradients of each model are scaled so that their joint L2 norm is at most this."""
     micro_batch_tokens: TokenBudget = 2048
@@ -182,6 +184,13 @@ PRESETS = {
         micro_batch_tokens=32_768,
     ),
 }
+
+
+def rate_factor(iteration: int, config: Config) -> float:
+    """What the learning rates are multiplied by in an iteration."""
+    warmup = config.warmup_iterations
+    factor = linear_schedule(iteration, config.iterations, warmup_steps=warmup)
+    return factor if config.schedule == "linear" or iteration < warmup else 1.0
 
 
 def check_settings(config: Config) -> None:
@@ -365,7 +374,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
         while state.iteration < config.iterations:
             iteration = state.iteration
             beta = beta_now(state, config)
-            factor = linear_schedule(iteration, config.iterations) if config.schedule == "linear" else 1.0
+            factor = rate_factor(iteration, config)
             set_learning_rate(state.policy_optimizer, config.learning_rate * factor)
             if state.value_optimizer:
                 set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
