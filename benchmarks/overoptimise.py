@@ -1,12 +1,18 @@
-"""Over-optimisation in one figure: the proxy goes up and the judge goes down.
+"""Over-optimisation: proxy and judge against the distance from the SFT model, for reward models of many kinds.
 
-    python benchmarks/overoptimise.py --run runs/tiny        # after `python -m minirlhf`, about five minutes
+    python benchmarks/overoptimise.py --runs runs/seed-0 runs/seed-1 runs/seed-2       # of `python -m minirlhf --run`
+    python benchmarks/overoptimise.py --minutes 60 ...                                 # the same command goes on
 
-Trains PPO twice from the run's SFT and reward models: with the demo's settings, and with a KL penalty that is too
-small and a learning rate that is too high. Every few iterations held-out prompts are answered and scored by the
-reward model (the proxy that PPO sees) and by the judge (which nothing in training sees).
-Gao, Schulman and Hilton 2022, "Scaling Laws for Reward Model Overoptimization", arXiv 2210.10760.
-Writes <date>-overoptimisation.csv and .png to --out.
+From each run come the SFT model and its answers to the training prompts. The simulated people label pairs of these,
+each set of labels trains a reward model, the proxy, and this is pressed in two ways, measured on held-out prompts:
+
+best-of-n   from one set of samples of the SFT model, without bias for every n, at the KL log n - (n-1)/n
+PPO         with a weak KL penalty, measured while it trains
+
+The judge, which nothing was trained on, is gold. Labels: 100 to 6,400 pairs; at 1,600 one thing at a time changes: 20
+or 40 % of the labels reversed, a labeller who likes length, three reward models of which the worst score counts.
+Gao, Schulman and Hilton 2022, "Scaling Laws for Reward Model Overoptimization", arXiv 2210.10760; the forms are in
+peaks.py. Writes <date>-overoptimisation.csv, .png and .md to --out.
 """
 
 from __future__ import annotations
@@ -14,93 +20,232 @@ from __future__ import annotations
 import argparse
 import csv
 import datetime
-import platform
-from dataclasses import replace
+import math
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+import held_out
+import numpy as np
 import torch
+from curves import FIELDS, PARTS, plot, rows_of, table
+from real import circumstances
 
 import train_ppo
-from minirlhf import data, evaluate, tokenizer
+import train_reward
+from minirlhf import evaluate
+from minirlhf.ensemble import RewardEnsemble
+from minirlhf.feedback import simulated
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
+from minirlhf.trials import Trial, run_trials
 
-SETTINGS = {
-    "the demo's": {},
-    "beta 0.005, rate 1e-3": {"beta": 0.005, "learning_rate": 1e-3, "value_learning_rate": 1e-3},
-}
-FIELDS = ("settings", "iteration", "kl", "reward", "judge", "helpful", "honest", "harmless", "length", "answer")
-
-
-def held_out(run: Path, prompts: int, seed: int) -> evaluate.Evaluator:
-    """The evaluation of a run on the first `prompts` held-out prompts."""
-    config = evaluate.Config(run=run, max_prompts=prompts, seed=seed)
-    texts = [record["prompt"] for record in data.load(config.prompts, "prompts")][:prompts]
-    sft = GPT.from_pretrained(run / "sft" / "model").eval().requires_grad_(False)
-    reward_model = RewardModel.from_pretrained(run / "reward" / "model").eval().requires_grad_(False)
-    encoding = tokenizer.load(run / "sft" / "model")
-    return evaluate.Evaluator(sft, reward_model, encoding, texts, config, evaluate.judge_parts)
+SIZES = ("prompts", "samples", "reward_steps", "iterations", "every", "beta", "learning_rate")
+MEASUREMENTS = 6  # of the held-out loss while a reward model trains; the weights of the lowest are kept
+CLOSELY = 6  # PPO's first iterations are measured one by one: there the judge is highest
 
 
-def trace(name: str, config: train_ppo.Config, evaluator: evaluate.Evaluator, every: int) -> list[dict]:
-    """Train, and measure the policy before the first iteration and after each `every`."""
-    rows: list[dict] = []
+@dataclass(frozen=True)
+class Case:
+    """What a proxy is made of: so many labelled pairs, a share of them reversed, a liking for length, members."""
+
+    name: str
+    pairs: int = 1600
+    noise: float = 0.0
+    length_bias: float = 0.0
+    members: int = 1
+
+
+LABELS = tuple(Case(f"{n:,} pairs", pairs=n) for n in (100, 400, 1600, 6400))
+CASES = (
+    *LABELS,
+    Case("20 % reversed", noise=0.2),
+    Case("40 % reversed", noise=0.4),
+    Case("likes length", length_bias=0.1),
+    Case("worst of three", members=3),
+)
+
+
+# ------------------------------------------------------------------------------------------ one set of samples a seed
+def sample(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Answers of the SFT model to the held-out prompts, judged; `samples.npz`."""
+    drawn = held_out.draw(
+        held_out.evaluator(Path(settings["run"]), settings["prompts"], settings["seed"]), settings["samples"]
+    )
+    drawn.save(folder / "samples.npz")
+    return {"distinct": len(drawn.batch)}
+
+
+def best_of_n(drawn: held_out.Drawn, proxy: torch.nn.Module) -> dict[str, Any]:
+    """Proxy, judge and length of the best of n by the proxy: n = 1, 2, 4, ... up to the samples of a prompt."""
+    scores = drawn.scores(proxy)
+    found = {
+        what: [np.round(drawn.best_of(n, scores, values), 4).tolist() for n in drawn.sizes]
+        for what, values in (("proxy", scores), ("gold", drawn.parts[:, 0]))
+    }
+    found["length"] = [round(float(drawn.best_of(n, scores, drawn.lengths).mean()), 2) for n in drawn.sizes]
+    return {"n": drawn.sizes, "kl": [[evaluate.best_of_n_kl(n)] for n in drawn.sizes], **found}
+
+
+# -------------------------------------------------------------------------------------------------- one proxy a trial
+def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Label, train the proxy, press it both ways: the figures of one case and seed."""
+    case, run, seed = Case(**settings["case"]), Path(settings["run"]), settings["seed"]
+    labels = folder / "labels.jsonl"
+    if not labels.exists():
+        simulated.main(
+            simulated.Config(
+                candidates=run / "feedback" / "rankings.jsonl",
+                output=labels,
+                pairs_per_prompt=1 if case.pairs <= 2000 else 3,  # there are 2,960 prompts, some with one answer alone
+                noise=case.noise,
+                length_bias=case.length_bias,
+                max_items=case.pairs,
+                seed=seed,
+            )
+        )
+    folders = [train(folder / f"member-{k}", labels, run, settings, seed=seed + 100 * k) for k in range(case.members)]
+    members = [RewardModel.from_pretrained(model).eval().requires_grad_(False) for model in folders]
+    proxy = RewardEnsemble(members, aggregate="worst") if case.members > 1 else members[0]
+    evaluator = held_out.evaluator(run, settings["prompts"], seed, reward_model=proxy)
+    drawn = held_out.Drawn.load(folder.parent / f"samples-seed-{seed}" / "samples.npz")
+    some = evaluator.sample(evaluator.sft, candidates=4)
+    return {
+        "agreement": evaluator.agreement(some, evaluator.reward(some), candidates=4)["share"],
+        "best-of-n": best_of_n(drawn, proxy),
+        "rl": trace(folder, folders, evaluator, settings),
+    }
+
+
+def train(folder: Path, labels: Path, run: Path, settings: Mapping[str, Any], *, seed: int) -> Path:
+    """A reward model from a file of labels; returns its folder."""
+    batches = math.ceil(0.9 * len(labels.read_text(encoding="utf-8").splitlines()) / 16)
+    steps = max(settings["reward_steps"], 2 * batches)
+    return train_reward.main(
+        train_reward.Config(
+            run=folder,
+            model=str(run / "sft" / "model"),
+            comparisons=str(labels),
+            reference_samples=256,
+            epochs=steps / batches,
+            batch_size=16,
+            validation_every=max(1, steps // MEASUREMENTS),
+            patience=MEASUREMENTS,
+            checkpoint_every=10_000,
+            resume=True,
+            seed=seed,
+            device="cpu",
+        )
+    )
+
+
+def trace(
+    folder: Path, proxies: list[Path], evaluator: evaluate.Evaluator, settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """PPO against the proxy, measured before it, after each of the first iterations, and now and then."""
+    rows: dict[str, list] = {name: [] for name in ("iteration", "kl", "proxy", "gold", *PARTS, "length", "answer")}
 
     def measure(policy: GPT, iteration: int) -> None:
         answers = evaluator.measure(evaluator.sample(policy))
-        total, *parts = answers.parts.mean(axis=0)
-        numbers = (iteration, answers.kl.mean(), answers.reward.mean(), total, *parts, answers.lengths.mean())
-        rows.append(dict(zip(FIELDS, (name, *(round(float(n), 4) for n in numbers), answers.texts[0]), strict=True)))
+        each = {"kl": answers.kl, "proxy": answers.reward, "gold": answers.parts[:, 0]}
+        for name, values in each.items():
+            rows[name].append(np.round(values.astype(float), 4).tolist())
+        for name, values in zip(PARTS, answers.parts[:, 1:].T, strict=True):
+            rows[name].append(round(float(values.mean()), 4))
+        rows["iteration"].append(iteration)
+        rows["length"].append(round(float(answers.lengths.mean()), 2))
+        rows["answer"].append(answers.texts[0])
 
     def observe(state: train_ppo.State) -> None:
-        if state.iteration % every == 0:
+        if state.iteration <= CLOSELY or state.iteration % settings["every"] == 0:
             measure(state.policy, state.iteration)
 
     measure(evaluator.sft, 0)
-    train_ppo.main(config, observe=observe)
+    shutil.rmtree(folder / "ppo", ignore_errors=True)  # a trace has no gap: a trial that was cut off trains anew
+    train_ppo.main(
+        train_ppo.Config(
+            run=folder,
+            policy=str(evaluator.config.run / "sft" / "model"),
+            reward_model=str(proxies[0]),
+            ensemble=tuple(map(str, proxies[1:])),
+            aggregate="worst",
+            iterations=settings["iterations"],
+            epochs=1,
+            beta=settings["beta"],
+            learning_rate=settings["learning_rate"],
+            checkpoint_every=10_000,
+            seed=settings["seed"],
+            device="cpu",
+        ),
+        observe=observe,
+    )
     return rows
 
 
-def plot(rows: list[dict], path: Path) -> None:
-    """Reward and judge against iterations, one panel for each setting."""
-    from matplotlib import pyplot
+# ---------------------------------------------------------------------------------------------------------- the study
+def study(arguments: argparse.Namespace) -> tuple[list[Trial], list[Trial]]:
+    """The trials that sample, and those that train: first the numbers of labels, then what else may change."""
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    cases = [case for case in CASES if arguments.cases is None or case.name in arguments.cases]
+    bases = [{"run": str(run), "seed": seed} for seed, run in enumerate(arguments.runs)]
+    few = {name: sizes[name] for name in ("prompts", "samples")}
+    sampling = [Trial(f"samples-seed-{base['seed']}", {**base, **few}) for base in bases]
+    training = []
+    for part in ([case for case in cases if case in LABELS], [case for case in cases if case not in LABELS]):
+        for base in bases:
+            for case in part:
+                name = "-".join(case.name.replace("%", "percent").replace(",", "").split())
+                training.append(Trial(f"{name}-seed-{base['seed']}", {**base, **sizes, "case": asdict(case)}))
+    return sampling, training
 
-    figure, panels = pyplot.subplots(1, len(SETTINGS), figsize=(9, 3.6), sharey=True)
-    for panel, name in zip(panels, SETTINGS, strict=True):
-        mine = [row for row in rows if row["settings"] == name]
-        iterations = [row["iteration"] for row in mine]
-        panel.plot(iterations, [row["reward"] for row in mine], label="reward model (proxy)")
-        panel.plot(iterations, [row["judge"] for row in mine], label="judge")
-        panel.set_title(f"{name}: KL {mine[-1]['kl']:.1f} nats at the end")
-        panel.set_xlabel("PPO iterations")
-    panels[0].set_ylabel("mean over held-out prompts")
-    panels[0].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
+
+def write(figures: Mapping[str, Mapping[str, Any]], trials: list[Trial], arguments: argparse.Namespace) -> None:
+    """CSV, figure and table of the finished trials."""
+    done: dict[str, list[Mapping[str, Any]]] = {}
+    for trial in trials:
+        if trial.name in figures:
+            done.setdefault(trial.settings["case"]["name"], []).append(figures[trial.name])
+    stem = arguments.out / f"{arguments.date}-overoptimisation"
+    with stem.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, FIELDS)
+        writer.writeheader()
+        writer.writerows(rows_of(done))
+    plot(done, stem.with_suffix(".png"))
+    sizes = {name: getattr(arguments, name) for name in SIZES}
+    facts = circumstances(seeds=len(arguments.runs), **sizes)
+    command = facts.pop("command")
+    head = f"`{command}`; " + "; ".join(f"{name} {value}" for name, value in facts.items())
+    stem.with_suffix(".md").write_text(f"# Over-optimisation\n\n{head}\n\n{table(done)}\n", encoding="utf-8")
+    print(table(done))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="a finished run")
+    parser.add_argument("--runs", type=Path, nargs="+", required=True, help="finished runs, one a seed: 0, 1, ...")
+    parser.add_argument("--work", type=Path, default=Path("runs/overoptimise"), help="folder of the trials")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
-    parser.add_argument("--iterations", type=int, default=100, help="PPO iterations")
-    parser.add_argument("--every", type=int, default=5, help="iterations between two measurements")
-    parser.add_argument("--prompts", type=int, default=250, help="held-out prompts")
-    parser.add_argument("--seed", type=int, default=0, help="seed of PPO and of the measurements")
+    parser.add_argument("--date", default=str(datetime.date.today()), help="in the names of the results")
+    parser.add_argument("--cases", nargs="+", help="names of some reward models; by default all")
+    parser.add_argument("--prompts", type=int, default=200, help="held-out prompts")
+    parser.add_argument("--samples", type=int, default=256, help="answers of the SFT model to each")
+    parser.add_argument("--reward-steps", type=int, default=150, help="optimizer steps of a reward model at least")
+    parser.add_argument("--iterations", type=int, default=16, help="of PPO, each of 128 answers")
+    parser.add_argument("--every", type=int, default=2, help="iterations between two measurements")
+    parser.add_argument("--beta", type=float, default=0.01, help="PPO's KL penalty")
+    parser.add_argument("--learning-rate", type=float, default=5e-4, help="of PPO's policy")
+    parser.add_argument("--jobs", type=int, default=1, help="trials at a time")
+    parser.add_argument("--minutes", type=float, help="start no trial after so many")
     arguments = parser.parse_args()
-    evaluator = held_out(arguments.run, arguments.prompts, arguments.seed)
-    base = train_ppo.Config(run=arguments.run, iterations=arguments.iterations, seed=arguments.seed, device="cpu")
-    rows = []
-    for number, (name, settings) in enumerate(SETTINGS.items()):
-        config = replace(base, stage=f"overoptimise-{number}", **settings)
-        rows += trace(name, config, evaluator, arguments.every)
-    stem = arguments.out / f"{datetime.date.today()}-overoptimisation"
-    with stem.with_suffix(".csv").open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(rows)
-    plot(rows, stem.with_suffix(".png"))
-    print(f"{stem}.csv and .png; torch {torch.__version__}, Python {platform.python_version()}, seed {arguments.seed}")
+    if arguments.iterations < 2:
+        parser.error("--iterations: two coefficients need two points, so at least 2")
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    sampling, training = study(arguments)
+    run_trials(sample, sampling, arguments.work, jobs=arguments.jobs)
+    figures = run_trials(learn, training, arguments.work, jobs=arguments.jobs, minutes=arguments.minutes)
+    if figures:
+        write(figures, training, arguments)
 
 
 if __name__ == "__main__":

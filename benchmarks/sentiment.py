@@ -28,7 +28,7 @@ from pathlib import Path
 import numpy as np
 import real
 import torch
-from frontier import plot, table
+from sentiment_figure import plot, table
 from snippets import LinearScorer, cut, openings
 
 import train_dpo
