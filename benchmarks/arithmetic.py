@@ -1,27 +1,36 @@
-"""ReFT on small arithmetic: SFT on worked answers, then RL on whether the final answer is right.
+"""ReFT on small arithmetic: SFT on few worked answers, then RL on whether the final answer is right.
 
-    python benchmarks/arithmetic.py                      # minutes; the gain is small so far, see docs/log.md
-    python benchmarks/arithmetic.py --seed 1 --advantages grpo
+    python benchmarks/arithmetic.py                    # three seeds; goes on where it was stopped
+    python benchmarks/arithmetic.py --smoke            # everything once, in seconds; its figures mean nothing
 
-Held-out problems are answered once at temperature 1 (the policy that was trained) and once greedily; right is what
-`minirlhf.rewards.arithmetic` says. Intervals: 95 %, by bootstrap over the problems. RL sees no worked answer.
-Luong et al. 2024, "ReFT: Reasoning with Reinforced Fine-Tuning", arXiv 2401.08967. Prints one JSON object.
+    sft        a new small GPT-2 on 500 worked answers, of which a tenth is held out
+    rl         train_ppo.py from there on 8,000 other problems; of an answer it sees only 1 where it ends right
+    longer     control: as many more optimizer steps of SFT on the same worked answers as RL takes
+    rejection  SFT once more, on the worked answers and the right ones among 8 of its own to 2,000 of RL's problems
+
+Held-out problems, which are in no other file, are answered 8 times at temperature 1 (the policy that RL trains) and
+once greedily. Right is what `minirlhf.rewards.arithmetic` says, the reward itself. Intervals: 95 %, by bootstrap over
+problems. Luong et al. 2024, "ReFT: Reasoning with Reinforced Fine-Tuning", arXiv 2401.08967, which has PPO with a value
+model where this has RLOO, which needs none. Writes <date>-arithmetic.json and .md to --out.
 """
 
 from __future__ import annotations
 
 import argparse
+import datetime
 import json
 import sys
-import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import real
+import torch
 
 import train_ppo
 import train_sft
-from minirlhf import data, evaluate, rewards, tokenizer
+from minirlhf import data, rejection, rewards, tokenizer
+from minirlhf.bootstrap import bootstrap_interval, estimate
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.runtime import Stream, project_file
@@ -29,78 +38,201 @@ from minirlhf.runtime import Stream, project_file
 sys.path.insert(0, str(project_file()))
 import make_arithmetic  # a script of data/, not a module of the package
 
-LONGEST = 48  # tokens of an answer, which are bytes
+REWARD = ("minirlhf.rewards:arithmetic",)
+LONGEST = 36  # tokens of an answer; the longest worked answer has 32
+SAMPLES = 8
+BATCH = 32
 
 
-def accuracy(folder: Path, problems: Path, *, temperature: float, seed: int) -> dict[str, object]:
-    """The share of held-out problems that a model gets right, with its interval."""
+@dataclass(frozen=True)
+class Settings:
+    """Sizes of a run. The small model is so that minutes on a CPU are enough."""
+
+    n_layer: int = 3
+    n_embd: int = 64
+    sft_epochs: float = 64.0
+    sft_rate: float = 4e-3
+    advantages: str = "rloo"
+    iterations: int = 300
+    rollout_size: int = 512
+    rl_rate: float = 1.5e-4  # with 3e-4 the score stays where it was, with 6e-4 it falls by a third in ten iterations
+    rl_warmup: int = 10
+    beta: float = 0.0
+    rejection_prompts: int = 2000
+    rejection_epochs: float = 8.0
+    tests: int = 500
+
+
+SMOKE = Settings(1, 32, 0.3, 4e-3, "rloo", 2, 16, 1e-4, 1, 0.0, 24, 1.0, 20)
+
+
+def train(run: Path, settings: Settings, seed: int) -> dict[str, Path]:
+    """All stages by the scripts' own `main`; finished ones are kept. Returns the folder of each model."""
+    files = make_arithmetic.write(run / "problems", seed)
+    common = {"seed": seed, "device": "cpu", "resume": True}
+    sft = train_sft.main(
+        train_sft.Config(
+            **common,
+            run=run,
+            train=str(files["demonstrations"]),
+            n_layer=settings.n_layer,
+            n_embd=settings.n_embd,
+            n_positions=64,
+            epochs=settings.sft_epochs,
+            batch_size=BATCH,
+            learning_rate=settings.sft_rate,
+        )
+    )
+    policy = train_ppo.main(
+        train_ppo.Config(
+            **common,
+            run=run,
+            stage=f"ppo-{settings.advantages}",
+            prompts=str(files["problems"]),
+            reward=REWARD,
+            advantages=settings.advantages,
+            group_size=1 if settings.advantages in ("gae", "reinforce") else 8,
+            rollout_size=settings.rollout_size,
+            iterations=settings.iterations,
+            epochs=1,
+            minibatches=1,
+            max_new_tokens=LONGEST,
+            missing_eos_score=0.0,
+            beta=settings.beta,
+            kl_in="loss",
+            learning_rate=settings.rl_rate,
+            warmup_iterations=settings.rl_warmup,
+            checkpoint_every=50,
+            micro_batch_tokens=4096,
+        )
+    )
+    more = {**common, "model": str(sft), "batch_size": BATCH}
+    steps = settings.iterations  # of RL: one of them an iteration
+    learned = len(data.load(files["demonstrations"], "demonstrations")) * 0.9
+    longer = train_sft.main(
+        train_sft.Config(
+            **more,
+            run=run / "longer",
+            train=str(files["demonstrations"]),
+            epochs=steps * BATCH / learned,
+            learning_rate=settings.sft_rate,
+        )
+    )
+    right = right_answers(run, files, settings, seed)
+    rejected = train_sft.main(
+        train_sft.Config(
+            **more,
+            run=run / "rejection-sft",
+            train=str(right),
+            epochs=settings.rejection_epochs,
+            learning_rate=settings.sft_rate / 2,
+        )
+    )
+    return {"sft": sft, "rl": policy, "longer": longer, "rejection": rejected}
+
+
+def right_answers(run: Path, files: dict[str, Path], settings: Settings, seed: int) -> Path:
+    """The worked answers, and a right answer of the SFT model to each of RL's problems where one of eight was right."""
+    best = rejection.main(
+        rejection.Config(
+            run=run,
+            prompts=str(files["problems"]),
+            split=f"[:{settings.rejection_prompts}]",
+            reward=REWARD,
+            candidates=SAMPLES,
+            max_new_tokens=LONGEST,
+            seed=seed,
+            device="cpu",
+            resume=True,
+        )
+    )
+    own = [record for record in data.load(best, "demonstrations") if record["score"] == 1]
+    path = run / "right.jsonl"
+    records = [*data.load(files["demonstrations"], "demonstrations"), *own]
+    data.write_records(path, [{name: record[name] for name in ("prompt", "response")} for record in records])
+    return path
+
+
+def answers(folder: Path, prompts: list[str], *, samples: int, temperature: float, seed: int) -> np.ndarray:
+    """(P, samples) 1 where a model's answer is right, 0 where it is not."""
     model, encoding = GPT.from_pretrained(folder).eval().requires_grad_(False), tokenizer.load(folder)
-    prompts = [record["prompt"] for record in data.load(problems, "prompts")]
-    samples = generate(
+    rows = [(i, k) for i in range(len(prompts)) for k in range(samples)]
+    ids = [data.encode_prompt(encoding, prompt) for prompt in prompts]
+    given = generate(
         model,
-        [data.encode_prompt(encoding, prompt) for prompt in prompts],
+        [ids[i] for i, _ in rows],
         max_new_tokens=LONGEST,
         eos_id=encoding.eot_token,
         temperature=temperature,
         seed=seed,
-        keys=[(Stream.EVALUATION, i) for i in range(len(prompts))],
+        keys=[(Stream.EVALUATION, i, k) for i, k in rows],
         slots=512,
     )
-    right = np.array(rewards.arithmetic(prompts, rewards.texts(encoding, samples)[1]))
-    interval = evaluate.bootstrap_interval(right, seed=seed)
-    return {"right": round(float(right.mean()), 4), "interval": [round(end, 4) for end in interval]}
+    right = rewards.arithmetic([prompts[i] for i, _ in rows], rewards.texts(encoding, given)[1])
+    return np.array(right).reshape(len(prompts), samples)
+
+
+def measure(folders: dict[str, Path], prompts: list[str], seed: int) -> dict[str, dict]:
+    """Each model on the held-out problems: sampled, greedy, at least one of eight right, and sampled less SFT's."""
+    result, start = {}, None
+    for name, folder in folders.items():
+        sampled = answers(folder, prompts, samples=SAMPLES, temperature=1.0, seed=seed)
+        greedy = answers(folder, prompts, samples=1, temperature=0.0, seed=seed)
+        start = sampled if start is None else start
+        gain = (sampled - start).mean(axis=1)
+        result[name] = {
+            "sampled": estimate(sampled, seed=seed),
+            "greedy": estimate(greedy, seed=seed),
+            f"pass_at_{SAMPLES}": estimate(sampled.max(axis=1, keepdims=True), seed=seed),
+            "gain": {"mean": float(gain.mean()), "interval": bootstrap_interval(gain, seed=seed)},
+        }
+    return result
+
+
+def table(seeds: dict[str, dict]) -> str:
+    """The figures as Markdown, a row for each model of each seed."""
+
+    def cell(found: dict, sign: str = "") -> str:
+        low, high = found["interval"]
+        return f"{100 * found['mean']:{sign}.1f} ({100 * low:{sign}.1f} to {100 * high:{sign}.1f})"
+
+    lines = [
+        f"| seed | model | sampled, % right | greedy | one of {SAMPLES} | sampled less SFT's |",
+        "| --- " * 6 + "|",
+    ]
+    for seed, models in seeds.items():
+        for name, m in models.items():
+            figures = [cell(m["sampled"]), cell(m["greedy"]), cell(m[f"pass_at_{SAMPLES}"])]
+            lines.append(" | ".join([f"| {seed}", name, *figures, cell(m["gain"], "+") + " |"]))
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--run", type=Path, default=Path("runs/arithmetic"), help="folder of the run")
-    parser.add_argument("--seed", type=int, default=0, help="of problems, weights, sampling")
-    parser.add_argument("--advantages", default="rloo", help="as of train_ppo.py")
-    parser.add_argument("--sft-epochs", type=float, default=4.0, help="passes over the worked answers")
-    parser.add_argument("--iterations", type=int, default=60, help="of RL")
+    parser.add_argument("--run", type=Path, help="folder of the runs (default: runs/arithmetic, or -smoke)")
+    parser.add_argument("--out", type=Path, help="folder of the results (default: benchmarks/results; smoke: --run)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of problems, weights, sampling")
+    parser.add_argument("--smoke", action="store_true", help="everything once and small; its figures mean nothing")
     arguments = parser.parse_args()
-    seed, run = arguments.seed, arguments.run / f"seed-{arguments.seed}"
-    files = make_arithmetic.write(run / "problems", seed)
-    common = {"run": run, "seed": seed, "device": "cpu", "resume": True}
-    seconds = {}
-    start = time.perf_counter()
-    sft = train_sft.main(
-        train_sft.Config(
-            train=str(files["demonstrations"]),
-            tokenizer="bytes",
-            n_positions=96,
-            epochs=arguments.sft_epochs,
-            **common,
-        )
-    )
-    seconds["sft"] = round(time.perf_counter() - start, 1)
-    start = time.perf_counter()
-    trained = train_ppo.main(
-        train_ppo.Config(
-            stage=f"ppo-{arguments.advantages}",
-            prompts=str(files["problems"]),
-            reward=("minirlhf.rewards:arithmetic",),
-            advantages=arguments.advantages,
-            group_size=1 if arguments.advantages in ("gae", "reinforce") else 8,
-            rollout_size=256,
-            iterations=arguments.iterations,
-            epochs=2,
-            max_new_tokens=LONGEST,
-            missing_eos_score=0.0,
-            beta=0.01,
-            learning_rate=1e-4,
-            **common,
-        )
-    )
-    seconds["rl"] = round(time.perf_counter() - start, 1)
-    results = {
-        name: {
-            "sampled": accuracy(folder, files["test"], temperature=1.0, seed=seed),
-            "greedy": accuracy(folder, files["test"], temperature=0.0, seed=seed),
-        }
-        for name, folder in (("sft", sft), ("rl", trained))
-    }
-    print(json.dumps({**results, "seconds": seconds, **real.circumstances(seed=seed)}, indent=1))
+    settings = SMOKE if arguments.smoke else Settings()
+    work = arguments.run or Path("runs/arithmetic-smoke" if arguments.smoke else "runs/arithmetic")
+    out = arguments.out or (work if arguments.smoke else Path("benchmarks/results"))
+    torch.set_num_threads(1)  # so small that a second thread gains nothing, and figures do not depend on the number
+    seeds = {}
+    for seed in arguments.seeds:
+        run = work / f"seed-{seed}"
+        real.begin(run, asdict(settings))
+        folders = train(run, settings, seed)
+        prompts = [record["prompt"] for record in data.load(run / "problems" / "test.jsonl", "prompts")]
+        seeds[str(seed)] = measure(folders, prompts[: settings.tests], seed)
+        print(table({str(seed): seeds[str(seed)]}), flush=True)
+    known = real.circumstances(settings=asdict(settings))
+    result = {**known, "problems": settings.tests, "seeds": seeds, "training_seconds": real.stage_seconds(work)}
+    stem = out / f"{datetime.date.today()}-arithmetic"
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    said = f"{settings.tests} held-out problems; 95 % intervals by bootstrap over problems, gains paired by problem."
+    text = f"# Answers that can be checked\n\n{real.heading(known, work)}\n\n{table(seeds)}\n\n{said}\n"
+    stem.with_suffix(".md").write_text(text)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
     python data/make_arithmetic.py --folder runs/arithmetic/problems
 
-    {"question": "8 + 5 - 4 + 9", "answer": "8 + 5 = 13\\n13 - 4 = 9\\n9 + 9 = 18\\n#### 18"}
+    {"question": "8+5-4+9", "answer": "8+5=13\\n13-4=9\\n9+9=18\\n#### 18"}
 
-Writes demonstrations.jsonl (problems with a worked answer), problems.jsonl (others, for RL, which looks only at whether
-the final answer is right) and test.jsonl (held out). No problem is in two files. Everything follows from the constants
-and the seed: running it again gives the same bytes. The files are not part of the project.
+Writes demonstrations.jsonl (few problems, with worked answers: all that SFT has), problems.jsonl (many others, for RL,
+which looks at nothing but whether the final answer is right) and test.jsonl (held out). No problem is in two files.
+Everything follows from the constants and the seed: running it again gives the same bytes. The files are not part of the
+project.
 """
 
 import argparse
@@ -14,7 +15,7 @@ import json
 import random
 from pathlib import Path
 
-SIZES = {"demonstrations": 3000, "problems": 3000, "test": 500}
+SIZES = {"demonstrations": 500, "problems": 8000, "test": 500}
 TERMS = 4
 LARGEST = 9
 
@@ -24,13 +25,11 @@ def problem(random_: random.Random) -> tuple[str, str]:
     value = random_.randint(1, LARGEST)
     question, lines = str(value), []
     for _ in range(TERMS - 1):
-        sign = random_.choice("+-")
-        number = random_.randint(1, LARGEST if sign == "+" else max(value, 1))
-        if sign == "-" and number > value:
-            sign = "+"
+        number = random_.randint(1, LARGEST)
+        sign = "+" if number > value else random_.choice("+-")
         result = value + number if sign == "+" else value - number
-        question += f" {sign} {number}"
-        lines.append(f"{value} {sign} {number} = {result}")
+        question += f"{sign}{number}"
+        lines.append(f"{value}{sign}{number}={result}")
         value = result
     return question, "\n".join([*lines, f"#### {value}"])
 

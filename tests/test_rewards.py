@@ -13,7 +13,6 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from labelling import benchmark
 
 import train_ppo
 from minirlhf import data, rewards
@@ -226,28 +225,3 @@ def test_the_answer_key_of_the_real_file(real_data: Path) -> None:
     assert len(key.answers) == len(records) == 3000
     right = key([r["prompt"] for r in records], [r["response"] for r in records])
     assert right == [1.0] * 3000
-
-
-# ---------------------------------------------------------------------------------------------------- the arithmetic
-def test_the_problems_are_different_right_and_the_same_each_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "data")
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    make = benchmark("arithmetic").make_arithmetic
-    monkeypatch.setattr(make, "SIZES", {"demonstrations": 200, "problems": 100, "test": 50})
-    files, again = make.write(tmp_path / "a", 0), make.write(tmp_path / "b", 0)
-    other = make.write(tmp_path / "c", 1)
-    prompts = []
-    for name in files:
-        assert files[name].read_bytes() == again[name].read_bytes() != other[name].read_bytes()
-        records = data.load(files[name], "demonstrations")
-        texts = [r["prompt"] for r in records], [r["response"] for r in records]
-        assert arithmetic(*texts) == [1.0] * make.SIZES[name]
-        for prompt, answer in zip(*texts, strict=True):
-            *lines, last = answer.strip().split("\n")
-            assert len(lines) == 3 and last == f"#### {lines[-1].split(' = ')[1]}"
-            assert all(eval(line.replace("=", "==")) for line in lines)
-            assert prompt.startswith("\n\nHuman: ") and int(last[5:]) >= 0
-        prompts += texts[0]
-    assert len(set(prompts)) == 350
