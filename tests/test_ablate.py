@@ -76,6 +76,15 @@ def test_without_whitening_the_advantages_are_those_of_gae(learned: SimpleNamesp
     torch.testing.assert_close(whitened.returns, returns)
 
 
+def test_the_rates_rise_over_the_warm_up_and_then_follow_their_schedule() -> None:
+    """Over two of six iterations: a half, the whole, then in equal steps to 0 at the end, or no further change."""
+    for schedule, factors in (("linear", [1 / 2, 1, 1, 3 / 4, 1 / 2, 1 / 4]), ("constant", [1 / 2, 1, 1, 1, 1, 1])):
+        config = train_ppo.Config(iterations=6, warmup_iterations=2, schedule=schedule)
+        assert [train_ppo.rate_factor(i, config) for i in range(6)] == factors
+    without = train_ppo.Config(iterations=4)
+    assert [train_ppo.rate_factor(i, without) for i in range(4)] == [1, 3 / 4, 1 / 2, 1 / 4]
+
+
 def test_a_constant_schedule_leaves_both_rates_and_the_epsilon_reaches_both_optimizers(
     learned: SimpleNamespace,
 ) -> None:
