@@ -72,7 +72,7 @@ class Drawn:
     @classmethod
     def load(cls, file: Path) -> Drawn:
         """What `save` wrote."""
-        kept = np.load(file)
+        kept = np.load(file, allow_pickle=False)
         rows = (torch.from_numpy(kept[name]) for name in ("tokens", "prompt_lengths", "lengths"))
         return cls(data.Batch(*rows), kept["place"], kept["parts"])
 

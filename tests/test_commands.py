@@ -55,9 +55,10 @@ READ_ONLY = {  # what cannot run here: it is read up to its checks
     "124M parameters": r"--preset gpt2|runs/imdb|runs/hh|runs/tldr",
     "a server": r"--by endpoint|--page|real-endpoint",
     "a judge that was trained before": r"judge-model",
-    "a run that takes minutes": r"-m minirlhf\.ablate|runs/polite",
+    "a run that takes minutes": r"-m minirlhf\.ablate|runs/polite|runs/gsm8k|runs/arithmetic --",
 }
 
+REAL = r"MINIRLHF_REAL_DATA|/real-|polite-instructions|gsm8k"  # what reads data that is not part of the project
 # Labels by hand are given by the simulated people in their place, who tell apart even bad answers by their length.
 BY_HAND = "python -m minirlhf.feedback label"
 SIMULATED = ["--by", "simulated", "--length-bias", "0.01", "--output", "runs/tiny/labels/labels.jsonl"]
@@ -203,7 +204,8 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: p
     write_files(tmp_path)
     real = os.environ.get("MINIRLHF_REAL_DATA")
     if real:
-        shutil.copy(Path(real) / "preference" / "polite-instructions.json", tmp_path)
+        for file in ("preference/polite-instructions.json", "sft/gsm8k.train.jsonl.gz"):
+            shutil.copy(Path(real) / file, tmp_path)
     for command in commands(page):
         text = command.text
         if any(text.startswith(words) for words in ELSEWHERE):
@@ -211,7 +213,7 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: p
         if command.words[1].startswith("benchmarks/"):
             benchmark_flags(command)
             continue
-        if not real and ("MINIRLHF_REAL_DATA" in text or "polite-instructions" in text or "/real-" in text):
+        if not real and re.search(REAL, text):
             continue
         if text == BY_HAND:
             command.words.extend(SIMULATED)
