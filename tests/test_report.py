@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -16,7 +17,7 @@ from minirlhf.report.chart import Axis, Line, chart, log_ticks, thinned, ticks
 from minirlhf.report.markup import brief, number
 from minirlhf.report.page import SECTIONS
 from minirlhf.report.run import kind_of, read_run
-from minirlhf.report.verdict import fall, over_optimised
+from minirlhf.report.verdict import fall, over_optimised, traced
 
 
 @pytest.fixture
@@ -134,6 +135,15 @@ def test_a_second_policy_of_a_run_is_drawn_beside_the_first(run: Path) -> None:
     assert kind_of("mine", [{"step": 0, "loss": 1.0, "reward_chosen": 0.0, "accuracy": 0.5}]) == "dpo"
     assert kind_of("mine", [{"step": 0, "loss": 1.0, "accuracy": 0.5}]) == "reward"
     assert kind_of("mine", []) == "other"
+
+
+@pytest.mark.parametrize(("errors", "answer"), [(2.9, "no"), (3.1, "yes")])
+def test_a_fall_counts_above_three_standard_errors(errors: float, answer: str) -> None:
+    """Over 100 prompts whose differences are m + 1 and m - 1, half each, the standard error is 1 / sqrt(99)."""
+    mean = errors / math.sqrt(99)
+    best = {"marks": [1.0, -1.0] * 50, "iteration": 4, "kl": 1.0, "judge": 0.5, "reward": 0.2}
+    last = {"marks": [-mean] * 100, "iteration": 8, "kl": 2.0, "judge": 0.5 - mean, "reward": 0.4}
+    assert traced("ppo", [best, last]).answer == answer
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict
