@@ -7,7 +7,7 @@ PPO, RLOO, GRPO, DPO, online DPO, best-of-n and iterated rejection sampling, eac
 rounds. All start from the run's SFT model and learn from its reward model, DPO from the rankings behind this. The RL
 methods and online DPO sample 128 answers in each of --iterations iterations. One answer to each held-out prompt is
 judged; best-of-n is the unbiased estimate from one set of samples, with log n - (n-1)/n as its KL. Nothing learns from
-the judge; the RL settings were chosen by `--tune` with a look at it, on the first run and on prompts of their own.
+the judge. `--tune` tries learning rates and sizes of groups on the first run, on prompts of their own.
 The same command goes on where it was stopped. Writes <date>-frontier.csv, .png and .md to --out; with --tune
 <date>-frontier-tuning.md alone.
 """
