@@ -196,6 +196,7 @@ def test_commands_are_found() -> None:
     assert not any(word in ("\\", "#", "$") for page in PAGES for command in commands(page) for word in command.words)
 
 
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules:RuntimeWarning")  # a module that runs as a script here
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.name)
 def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
