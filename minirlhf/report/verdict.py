@@ -62,7 +62,7 @@ def fall(best: Row, last: Row) -> tuple[float, float]:
 
 def at(row: Row) -> str:
     """Where a point of the trace is."""
-    return f"iteration {row['iteration']} (KL {row['kl']:.1f} nats)"
+    return f"iteration {row['iteration']} (KL {round(row['kl'], 1) + 0.0:.1f} nats)"  # + 0.0: no -0.0
 
 
 def traced(stage: str, trace: list[Row]) -> Finding:
