@@ -229,6 +229,20 @@ def reward_function(model: RewardModel | RewardEnsemble) -> Callable[[data.Batch
     return lambda batch: model(batch.tokens, batch.lengths)
 
 
+def reward_of(
+    config: Config,
+    members: Sequence[RewardModel],
+    functions: Mapping[str, rewards.RewardFunction],
+    encoding: tiktoken.Encoding,
+) -> Callable[[data.Batch], Tensor]:
+    """What a response is worth: the score of the reward models, where there are any, and of all functions, added up."""
+    parts = [rewards.FunctionReward(spec, function, encoding) for spec, function in functions.items()]
+    if members:
+        ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
+        parts.insert(0, reward_function(ensemble if config.ensemble else members[0]))
+    return rewards.total(parts)
+
+
 def rollout_keys(iteration: int, rows: Sequence[tuple[int, int]], group_size: int) -> list[tuple[int, ...]]:
     """The random stream of each (prompt, candidate); a prompt's one response has the stream of its prompt."""
     alone = group_size == 1
@@ -359,12 +373,9 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     policy = GPT.from_pretrained(folder).to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = [RewardModel.from_pretrained(f).to(device).eval().requires_grad_(False) for f in reward_folders]
-    parts = [rewards.FunctionReward(spec, function, encoding) for spec, function in functions.items()]
-    if members:
-        ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
-        parts.insert(0, reward_function(ensemble if config.ensemble else members[0]))
+    reward = reward_of(config, members, functions, encoding)
     state = initial_state(config, policy, members)
-    trace = judged(config, reference, rewards.total(parts), encoding) if config.trace_every else None
+    trace = judged(config, reference, reward, encoding) if config.trace_every else None
 
     with stage.begin(
         state, steps=config.iterations, checkpoint_every=config.checkpoint_every, best=("objective", "max")
@@ -385,7 +396,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     policy,
                     reference,
                     state.value_model,
-                    rewards.total(parts),
+                    reward,
                     [prompts[prompt] for prompt, _ in rows],
                     keys=rollout_keys(iteration, rows, config.group_size),
                     seed=config.seed,
@@ -401,8 +412,8 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                 seen = rollout_metrics(rollout, experience, valued=state.value_model is not None)
                 metrics = {**seen, "beta": beta, **update(state, experience, fitted, texts=texts)}
                 metrics["objective"] = metrics["score"] - beta * metrics["kl"]  # what PPO maximises
-                reward = metrics["objective" if config.kl_in == "reward" else "score"]
-                end_iteration(state, kl=float(metrics["kl"]), responses=len(rollout), reward=float(reward))
+                rewarded = metrics["objective" if config.kl_in == "reward" else "score"]
+                end_iteration(state, kl=float(metrics["kl"]), responses=len(rollout), reward=float(rewarded))
                 stage.finish(iteration, metrics, tokens=int(rollout.lengths.sum()))
             if trace and state.iteration > iteration:
                 trace.observe(policy, state.iteration)

@@ -20,6 +20,7 @@ import argparse
 import datetime
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -66,24 +67,9 @@ class Settings:
 SMOKE = Settings(1, 32, 0.3, 4e-3, "rloo", 2, 16, 1e-4, 1, 0.0, 24, 1.0, 20)
 
 
-def train(run: Path, settings: Settings, seed: int) -> dict[str, Path]:
-    """All stages by the scripts' own `main`; finished ones are kept. Returns the folder of each model."""
-    files = make_arithmetic.write(run / "problems", seed)
-    common = {"seed": seed, "device": "cpu", "resume": True}
-    sft = train_sft.main(
-        train_sft.Config(
-            **common,
-            run=run,
-            train=str(files["demonstrations"]),
-            n_layer=settings.n_layer,
-            n_embd=settings.n_embd,
-            n_positions=64,
-            epochs=settings.sft_epochs,
-            batch_size=BATCH,
-            learning_rate=settings.sft_rate,
-        )
-    )
-    policy = train_ppo.main(
+def reinforce(run: Path, files: Mapping[str, Path], settings: Settings, common: Mapping[str, object]) -> Path:
+    """RL from the SFT model on whether the answer is right; returns the policy's folder."""
+    return train_ppo.main(
         train_ppo.Config(
             **common,
             run=run,
@@ -106,6 +92,26 @@ def train(run: Path, settings: Settings, seed: int) -> dict[str, Path]:
             micro_batch_tokens=4096,
         )
     )
+
+
+def train(run: Path, settings: Settings, seed: int) -> dict[str, Path]:
+    """All stages by the scripts' own `main`; finished ones are kept. Returns the folder of each model."""
+    files = make_arithmetic.write(run / "problems", seed)
+    common = {"seed": seed, "device": "cpu", "resume": True}
+    sft = train_sft.main(
+        train_sft.Config(
+            **common,
+            run=run,
+            train=str(files["demonstrations"]),
+            n_layer=settings.n_layer,
+            n_embd=settings.n_embd,
+            n_positions=64,
+            epochs=settings.sft_epochs,
+            batch_size=BATCH,
+            learning_rate=settings.sft_rate,
+        )
+    )
+    policy = reinforce(run, files, settings, common)
     more = {**common, "model": str(sft), "batch_size": BATCH}
     steps = settings.iterations  # of RL: one of them an iteration
     learned = len(data.load(files["demonstrations"], "demonstrations")) * 0.9

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from minirlhf import data, ppo, processes, rewards, tokenizer
 from minirlhf.dpo import dpo_loss, hinge_loss, ipo_loss
-from minirlhf.ensemble import Aggregate, RewardEnsemble
+from minirlhf.ensemble import Aggregate
 from minirlhf.hub import model_or_earlier
 from minirlhf.model import GPT, read_config
 from minirlhf.model_card import write_model_card
@@ -42,7 +42,7 @@ from minirlhf.runtime import Stream, autocast, project_file, require, resolve_de
 from minirlhf.settings import Count, Finite, FolderName, NotNegative, Positive, Seed, Settings, TokenBudget
 from minirlhf.stage import Stage, require_finite
 from train_dpo import SUMMED, ReferencedComparison, diagnostics, pair_logprobs
-from train_ppo import reward_function, reward_model_folders, rollout_keys
+from train_ppo import reward_model_folders, reward_of, rollout_keys
 
 
 @dataclass
@@ -224,10 +224,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     policy.gradient_checkpointing = config.gradient_checkpointing
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = [RewardModel.from_pretrained(f).to(device).eval().requires_grad_(False) for f in reward_folders]
-    parts = [rewards.FunctionReward(spec, function, encoding) for spec, function in functions.items()]
-    if members:
-        ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
-        parts.insert(0, reward_function(ensemble if config.ensemble else members[0]))
+    reward = reward_of(config, members, functions, encoding)
     state = State(policy, adamw(policy, learning_rate=config.learning_rate))
 
     with stage.begin(state, steps=config.iterations, checkpoint_every=config.checkpoint_every):
@@ -242,7 +239,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     policy,
                     reference,
                     None,
-                    rewards.total(parts),
+                    reward,
                     [prompts[prompt] for prompt, _ in rows],
                     keys=rollout_keys(iteration, rows, 2),
                     seed=config.seed,

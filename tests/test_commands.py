@@ -141,6 +141,12 @@ def write_files(folder: Path) -> None:
     parquet.write_table(table, folder / "data.parquet")
 
 
+def write_python_files(page: Path, folder: Path) -> None:
+    """The files that a page shows: its blocks of Python whose first line is a comment with the file's name."""
+    for name, text in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page.read_text(encoding="utf-8"), re.S | re.M):
+        (folder / name).write_text(text, encoding="utf-8")
+
+
 def smaller(preset: Any) -> Any:
     """A preset with the small settings, as far as it has them."""
     known = {f.name: getattr(preset, f.name) for f in dataclasses.fields(preset)}
@@ -203,6 +209,7 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: p
     for name in ("tiny", "a", "b"):
         shutil.copytree(tiny.finished_run(), tmp_path / "runs" / name)
     write_files(tmp_path)
+    write_python_files(page, tmp_path)
     real = os.environ.get("MINIRLHF_REAL_DATA")
     if real:
         for file in ("preference/polite-instructions.json", "sft/gsm8k.train.jsonl.gz"):

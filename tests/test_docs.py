@@ -12,7 +12,6 @@ import pytest
 import tiny
 
 import train_dpo
-import train_ppo
 from minirlhf import comparison, evaluate, online_dpo
 from minirlhf.data import readers
 
@@ -168,11 +167,10 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
 def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.copy_of(tiny.finished_run(), tmp_path / "runs" / "tiny", "sft", "feedback", "reward")
     monkeypatch.chdir(tmp_path)
-    for module, name in ((train_dpo, "dpo_loss"), (train_ppo, "reward_function"), (readers, "FORMATS")):
+    for module, name in ((train_dpo, "dpo_loss"), (readers, "FORMATS")):
         monkeypatch.setattr(module, name, getattr(module, name))  # what the page replaces comes back
     namespace: dict[str, object] = {"__name__": page.stem}
     for line, block in python_blocks(page):
         exec(compile("\n" * line + block, str(page), "exec"), namespace)
     if page.stem == "extending":
         assert logged(Path("runs/tiny/dpo-positive/metrics.jsonl"))
-        assert Path("runs/tiny/ppo-brief/model/model.safetensors").is_file()
