@@ -92,9 +92,12 @@ def clipped(run: History) -> str | None:
 
 
 def useless_values(run: History) -> str | None:
-    """Five iterations below 0, once the value model has had three to find the scale of the rewards."""
+    """Five iterations below -0.1, once the value model has had three to find the scale of the rewards.
+
+    A little below 0 is what one that has yet to learn looks like, and adds next to nothing to the advantages.
+    """
     share = run.newest("explained_variance", 5)
-    if share >= 0:
+    if share >= -0.1:
         return None
     return (
         f"the value model is worse than a constant (explained_variance {share:.2f}, mean of 5 iterations): its errors "

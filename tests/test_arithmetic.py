@@ -92,9 +92,9 @@ def test_the_whole_example_once(study: ModuleType, tmp_path: Path, monkeypatch: 
     study.main()
     (path,) = tmp_path.glob("*-arithmetic.json")
     result = json.loads(path.read_text())
-    assert list(result["seeds"]["3"]) == ["sft", "rl", "longer", "rejection"]
+    assert list(result["seeds"]["3"]) == ["sft", "ppo", "rloo", "longer", "rejection"]
     assert result["seeds"]["3"]["sft"]["gain"]["mean"] == 0 and result["problems"] == 20
-    assert {"seed-3/sft", "seed-3/ppo-rloo", "seed-3/longer/sft", "seed-3/rejection-sft/sft"} <= set(
+    assert {"seed-3/sft", "seed-3/ppo", "seed-3/rloo", "seed-3/longer/sft", "seed-3/rejection-sft/sft"} <= set(
         result["training_seconds"]
     )
     learned = data.load(tmp_path / "seed-3" / "right.jsonl", "demonstrations")

@@ -100,12 +100,12 @@ CASES: list[tuple[str, str, int, Change, Change]] = [
     # the third of three that have a mean above 3: rows 30 and 31 are 3.3, and row 29 is 0.6
     ("kl-beyond-target", "ppo", 32, lambda row: {"kl": 3.3}, lambda row: {"kl": 2.9}),
     ("clip-fraction", "ppo", 30, lambda row: {"clip_fraction": 0.51}, lambda row: {"clip_fraction": 0.49}),
-    (  # five rows of -0.1 outweigh none of the rows before
+    (  # -0.12 takes all five rows to be beyond the limit; a value model that has yet to learn is a little below 0
         "explained-variance",
         "ppo",
         34,
-        lambda row: {"explained_variance": -0.1},
-        lambda row: {"explained_variance": -0.1 if row["step"] < 33 else 0.5},
+        lambda row: {"explained_variance": -0.12},
+        lambda row: {"explained_variance": -0.09},
     ),
     ("length", "ppo", 32, lambda row: {"response_length": 22.0}, lambda row: {"response_length": 20.0}),
     ("equal-rewards", "ppo", 30, lambda row: {"score_std": 0.0}, lambda row: {"score_std": 1e-3}),
@@ -150,10 +150,7 @@ def test_each_hint_is_said_once_and_alone(
 
     found = hints(kind, changed(wrong), tmp_path / "wrong")
     assert [hint for _, hint in found] == [name]
-    if name == "explained-variance":
-        assert found[0][0] in range(31, 35)  # the mean of five falls below 0 when the old values are outweighed
-    else:
-        assert found[0][0] == step
+    assert found[0][0] == step
     assert hints(kind, changed(fine), tmp_path / "fine") == []
 
 
