@@ -10,8 +10,9 @@ Maximises, by clipped policy gradients with advantages from GAE,
     python train_ppo.py --advantages rloo --group-size 4      # no value model: a prompt's responses are compared
 
 Each iteration samples a rollout, turns scores and per-token KL into rewards, estimates advantages once, and takes a few
-epochs of shuffled minibatches: this file is the loop, minirlhf/experience.py the rewards and advantages, and
-minirlhf/ppo_update.py the update. Expect the score to rise by one to two deviations at a KL of a few nats.
+epochs of shuffled minibatches. Here is the loop; minirlhf/environment.py has prompts and scores, minirlhf/experience.py
+rewards and advantages, minirlhf/ppo_update.py the update. Expect the score to rise by one to two deviations at a KL of
+a few nats.
 Only `--advantages gae` has a value model; the others are in minirlhf/advantages.py. With one epoch of one minibatch the
 ratio is 1, and the update is a plain policy gradient.
 Left out: an entropy bonus and a shared trunk for policy and value; neither is needed at these sizes.
@@ -20,27 +21,26 @@ Left out: an entropy bonus and a shared trunk for policy and value; neither is n
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tiktoken
 import torch
-from torch import Tensor
 
-from minirlhf import data, dry_run, ppo, processes, rewards, tokenizer
+from minirlhf import data, dry_run, environment, ppo, processes, tokenizer
 from minirlhf.advantages import RunningBaseline
-from minirlhf.ensemble import Aggregate, RewardEnsemble
+from minirlhf.ensemble import Aggregate
+from minirlhf.environment import Environment, Reward
 from minirlhf.experience import GROUPED, Experience, learn_from, learn_without_values, rollout_metrics
-from minirlhf.hub import model_folder, model_or_earlier
-from minirlhf.model import GPT, GPTConfig, read_config
+from minirlhf.model import GPT
 from minirlhf.model_card import write_model_card
 from minirlhf.optim import adamw, linear_schedule, set_learning_rate
 from minirlhf.ppo_update import State, beta_now, update
 from minirlhf.reward import RewardModel, ValueModel
-from minirlhf.rollout import Rollout, collect
-from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
+from minirlhf.rollout import Rollout, collect, rollout_keys
+from minirlhf.runtime import autocast, project_file, require, resolve_device, resolve_dtype, run_script
 from minirlhf.settings import (
     Count,
     Finite,
@@ -224,31 +224,6 @@ def end_iteration(state: State, *, kl: float, responses: int, reward: float) -> 
     state.iteration += 1
 
 
-def reward_function(model: RewardModel | RewardEnsemble) -> Callable[[data.Batch], Tensor]:
-    """The reward model as a function of a batch: it scores the sampled ids as they are."""
-    return lambda batch: model(batch.tokens, batch.lengths)
-
-
-def reward_of(
-    config: Config,
-    members: Sequence[RewardModel],
-    functions: Mapping[str, rewards.RewardFunction],
-    encoding: tiktoken.Encoding,
-) -> Callable[[data.Batch], Tensor]:
-    """What a response is worth: the score of the reward models, where there are any, and of all functions, added up."""
-    parts = [rewards.FunctionReward(spec, function, encoding) for spec, function in functions.items()]
-    if members:
-        ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
-        parts.insert(0, reward_function(ensemble if config.ensemble else members[0]))
-    return rewards.total(parts)
-
-
-def rollout_keys(iteration: int, rows: Sequence[tuple[int, int]], group_size: int) -> list[tuple[int, ...]]:
-    """The random stream of each (prompt, candidate); a prompt's one response has the stream of its prompt."""
-    alone = group_size == 1
-    return [(Stream.ROLLOUT, iteration, prompt, *(() if alone else (candidate,))) for prompt, candidate in rows]
-
-
 def estimate(state: State, rollout: Rollout, config: Config) -> Experience:
     """The advantages by `--advantages`; a KL penalty that is in the loss is not in the rewards as well."""
     beta = beta_now(state, config) if config.kl_in == "reward" else 0.0
@@ -268,21 +243,10 @@ def pretraining_texts(config: Config, encoding: tiktoken.Encoding, *, max_length
     return texts
 
 
-def reward_model_folders(config: Config) -> tuple[Path | str, ...]:
-    """The reward models to score with, the one of the value model first; none where functions alone give the score."""
-    others = tuple(map(model_folder, config.ensemble))
-    if config.reward and config.reward_model is None:
-        return others
-    return (model_or_earlier(config.reward_model, "--reward-model", config.run / "reward" / "model"), *others)
-
-
-def plan(config: Config, shapes: Mapping[Path | str, GPTConfig], prompts: Sequence[Sequence[int]]) -> dry_run.Plan:
-    """What the stage would do, for `--dry-run`; every response is taken for as long as it may be.
-
-    shapes  of the models that are read, the policy's first
-    """
-    policy, *reward_models = shapes.values()
-    rows = [len(prompt) + config.max_new_tokens for prompt in prompts]
+def plan(config: Config, env: Environment) -> dry_run.Plan:
+    """What the stage would do, for `--dry-run`; every response is taken for as long as it may be."""
+    policy, *reward_models = env.shapes.values()
+    rows = [len(prompt) + config.max_new_tokens for prompt in env.prompts]
     value_models = [*reward_models, policy][:1] if config.advantages == "gae" else []
     readers = 2 + len(value_models) + len(reward_models)  # who samples, and the reference
     return dry_run.Plan(
@@ -322,9 +286,7 @@ def initial_state(config: Config, policy: GPT, members: Sequence[RewardModel]) -
     )
 
 
-def judged(
-    config: Config, reference: GPT, reward: Callable[[data.Batch], Tensor], encoding: tiktoken.Encoding
-) -> Trace:
+def judged(config: Config, reference: GPT, reward: Reward, encoding: tiktoken.Encoding) -> Trace:
     """What measures the policy by the world's judge while it trains."""
     return Trace(
         config.run / config.stage,
@@ -345,37 +307,26 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     check_settings(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    folder = model_or_earlier(config.policy, "--policy", config.run / "sft" / "model")
-    functions = {spec: rewards.load(spec) for spec in config.reward}
-    reward_folders = reward_model_folders(config)
+    sources = environment.find(config)
     output = config.run / config.stage / "model"
-    models = (folder, *reward_folders)
-    sources = [source for source in (config.prompts, config.ptx_data) if source is not None]
-    files = [*(f for source in sources for f in data.local_files(source)), *rewards.source_files(functions)]
-    stage = Stage(config.run / config.stage, config, inputs=files, models=models, resume=config.resume)
+    files = [*sources.files, *(data.local_files(config.ptx_data) if config.ptx_data else [])]
+    stage = Stage(config.run / config.stage, config, inputs=files, models=sources.models, resume=config.resume)
     if stage.finished:
         return output
-    prompt_records = data.load(config.prompts, "prompts", split=config.split, columns=config.columns)
-    shapes = {source: read_config(source) for source in models}
-    encoding = tokenizer.load(folder)
-    for source, shape in shapes.items():
-        tokenizer.check_fits(encoding, shape.vocab_size, source)
-    room = min(shape.n_positions for shape in shapes.values()) - config.max_new_tokens
-    require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
-    prompts = data.encode_prompts(encoding, [r["prompt"] for r in prompt_records], max_length=room)
+    env = environment.read(config, sources)
     per_rollout = config.rollout_size // config.group_size  # prompts
     grouped = "" if config.group_size == 1 else f" in groups of {config.group_size}, prompts"
-    data.require_batch(f"--rollout-size{grouped}", per_rollout, len(prompts))
-    texts = pretraining_texts(config, encoding, max_length=shapes[folder].n_positions)
+    data.require_batch(f"--rollout-size{grouped}", per_rollout, len(env.prompts))
+    texts = pretraining_texts(config, env.encoding, max_length=env.shapes[sources.policy].n_positions)
     if config.dry_run:
-        dry_run.show(plan(config, shapes, prompts), config, device=device, dtype=dtype)
+        dry_run.show(plan(config, env), config, device=device, dtype=dtype)
         return output
-    policy = GPT.from_pretrained(folder).to(device)
+    policy = GPT.from_pretrained(sources.policy).to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    members = [RewardModel.from_pretrained(f).to(device).eval().requires_grad_(False) for f in reward_folders]
-    reward = reward_of(config, members, functions, encoding)
+    members = environment.load_reward_models(sources, device)
+    reward = environment.reward_of(config, members, sources.functions, env.encoding)
     state = initial_state(config, policy, members)
-    trace = judged(config, reference, reward, encoding) if config.trace_every else None
+    trace = judged(config, reference, reward, env.encoding) if config.trace_every else None
 
     with stage.begin(
         state, steps=config.iterations, checkpoint_every=config.checkpoint_every, best=("objective", "max")
@@ -389,7 +340,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
             set_learning_rate(state.policy_optimizer, config.learning_rate * factor)
             if state.value_optimizer:
                 set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
-            chosen = data.batch_indices(len(prompts), per_rollout, seed=config.seed, step=iteration)
+            chosen = data.batch_indices(len(env.prompts), per_rollout, seed=config.seed, step=iteration)
             rows = [(prompt, candidate) for prompt in chosen for candidate in range(config.group_size)]
             with autocast(device, dtype), stage.attempt() as fitted:
                 rollout = collect(
@@ -397,10 +348,10 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     reference,
                     state.value_model,
                     reward,
-                    [prompts[prompt] for prompt, _ in rows],
+                    [env.prompts[prompt] for prompt, _ in rows],
                     keys=rollout_keys(iteration, rows, config.group_size),
                     seed=config.seed,
-                    eos_id=encoding.eot_token,
+                    eos_id=env.encoding.eot_token,
                     max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature,
                     missing_eos_score=config.missing_eos_score,
@@ -421,7 +372,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                 observe(state)
         if processes.is_writer():
             policy.save_pretrained(output)
-            tokenizer.save(encoding, output)
+            tokenizer.save(env.encoding, output)
             write_model_card(output, script="train_ppo.py", objective="PPO against a reward model.")
     return output
 

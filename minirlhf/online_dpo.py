@@ -29,20 +29,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minirlhf import data, ppo, processes, rewards, tokenizer
+from minirlhf import data, environment, ppo, processes, tokenizer
 from minirlhf.dpo import dpo_loss, hinge_loss, ipo_loss
 from minirlhf.ensemble import Aggregate
-from minirlhf.hub import model_or_earlier
-from minirlhf.model import GPT, read_config
+from minirlhf.model import GPT
 from minirlhf.model_card import write_model_card
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
-from minirlhf.reward import RewardModel
-from minirlhf.rollout import Rollout, collect
-from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
+from minirlhf.rollout import Rollout, collect, rollout_keys
+from minirlhf.runtime import Stream, autocast, project_file, resolve_device, resolve_dtype, run_script
 from minirlhf.settings import Count, Finite, FolderName, NotNegative, Positive, Seed, Settings, TokenBudget
 from minirlhf.stage import Stage, require_finite
 from train_dpo import SUMMED, ReferencedComparison, diagnostics, pair_logprobs
-from train_ppo import reward_model_folders, reward_of, rollout_keys
 
 
 @dataclass
@@ -202,29 +199,18 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     """Run the stage; returns the folder of the trained policy. `observe` looks at the state after each iteration."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    folder = model_or_earlier(config.policy, "--policy", config.run / "sft" / "model")
-    functions = {spec: rewards.load(spec) for spec in config.reward}
-    reward_folders = reward_model_folders(config)
+    sources = environment.find(config)
     output = config.run / config.stage / "model"
-    models = (folder, *reward_folders)
-    files = [*data.local_files(config.prompts), *rewards.source_files(functions)]
-    stage = Stage(config.run / config.stage, config, inputs=files, models=models, resume=config.resume)
+    stage = Stage(config.run / config.stage, config, inputs=sources.files, models=sources.models, resume=config.resume)
     if stage.finished:
         return output
-    records = data.load(config.prompts, "prompts", split=config.split, columns=config.columns)
-    shapes = {source: read_config(source) for source in models}
-    encoding = tokenizer.load(folder)
-    for source, shape in shapes.items():
-        tokenizer.check_fits(encoding, shape.vocab_size, source)
-    room = min(shape.n_positions for shape in shapes.values()) - config.max_new_tokens
-    require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
-    prompts = data.encode_prompts(encoding, [r["prompt"] for r in records], max_length=room)
-    data.require_batch("--rollout-size", config.rollout_size, len(prompts))
-    policy = GPT.from_pretrained(folder).to(device)
+    env = environment.read(config, sources)
+    data.require_batch("--rollout-size", config.rollout_size, len(env.prompts))
+    policy = GPT.from_pretrained(sources.policy).to(device)
     policy.gradient_checkpointing = config.gradient_checkpointing
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    members = [RewardModel.from_pretrained(f).to(device).eval().requires_grad_(False) for f in reward_folders]
-    reward = reward_of(config, members, functions, encoding)
+    members = environment.load_reward_models(sources, device)
+    reward = environment.reward_of(config, members, sources.functions, env.encoding)
     state = State(policy, adamw(policy, learning_rate=config.learning_rate))
 
     with stage.begin(state, steps=config.iterations, checkpoint_every=config.checkpoint_every):
@@ -232,7 +218,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
             iteration = state.iteration
             learning_rate = config.learning_rate * linear_schedule(iteration, config.iterations)
             set_learning_rate(state.optimizer, learning_rate)
-            chosen = data.batch_indices(len(prompts), config.rollout_size, seed=config.seed, step=iteration)
+            chosen = data.batch_indices(len(env.prompts), config.rollout_size, seed=config.seed, step=iteration)
             rows = [(prompt, candidate) for prompt in chosen for candidate in range(2)]
             with autocast(device, dtype), stage.attempt() as fitted:
                 rollout = collect(
@@ -240,10 +226,10 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     reference,
                     None,
                     reward,
-                    [prompts[prompt] for prompt, _ in rows],
+                    [env.prompts[prompt] for prompt, _ in rows],
                     keys=rollout_keys(iteration, rows, 2),
                     seed=config.seed,
-                    eos_id=encoding.eot_token,
+                    eos_id=env.encoding.eot_token,
                     max_new_tokens=config.max_new_tokens,
                     temperature=config.temperature,
                     missing_eos_score=config.missing_eos_score,
@@ -260,7 +246,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                 observe(state)
         if processes.is_writer():
             policy.save_pretrained(output)
-            tokenizer.save(encoding, output)
+            tokenizer.save(env.encoding, output)
             write_model_card(output, script="minirlhf.online_dpo", objective="Online DPO: its own answers, labelled.")
     return output
 

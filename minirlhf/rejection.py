@@ -16,27 +16,23 @@ The winners are texts like any other demonstrations: train_sft.py encodes them a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import tiktoken
-import torch
-from torch import Tensor
 
-from minirlhf import data, rewards, tokenizer
+from minirlhf import data, environment
+from minirlhf.ensemble import Aggregate
 from minirlhf.evaluate import best_of_n_kl
 from minirlhf.feedback.collect import SLOTS, response_text
 from minirlhf.generate import generate
-from minirlhf.hub import model_or_earlier
 from minirlhf.metrics import source_hash
-from minirlhf.model import GPT, read_config
-from minirlhf.reward import RewardModel
+from minirlhf.model import GPT
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import Stream, project_file, require, resolve_device, run_script
-from minirlhf.settings import AtLeastTwo, Count, FolderName, Positive, Seed, Settings
+from minirlhf.settings import AtLeastTwo, Count, FolderName, NotNegative, Positive, Seed, Settings
 from minirlhf.stage import Stage, require_finite
 
 
@@ -52,12 +48,20 @@ class Config(Settings):
     """Folder or hub name of the model that answers, by default `<run>/sft/model`."""
     reward_model: str | None = None
     """Folder or hub name of the reward model; by default `<run>/reward/model`, and none where `reward` is given."""
+    ensemble: tuple[str, ...] = ()
+    """Folders or hub names of further reward models, with the same tokenizer: the score is that of all together."""
+    aggregate: Aggregate = "mean"
+    """What makes one score of an ensemble's: their mean, the worst, or the mean less `variance_penalty` variances."""
+    variance_penalty: NotNegative = 1.0
+    """See `aggregate`."""
     reward: tuple[str, ...] = ()
     """Functions package.module:function, (prompts, responses) -> scores, that are added up; see minirlhf/rewards.py."""
     prompts: str = str(project_file("world", "prompts.train.jsonl"))
     """Prompts: a file of any known format, or a hub name."""
     split: str = ""
     """Part of `prompts`, e.g. [:100]."""
+    columns: tuple[str, ...] = ()
+    """Fields with other names, as ours=theirs: prompt=query."""
     candidates: AtLeastTwo = 8
     """Answers to each prompt, of which one is chosen."""
     max_new_tokens: Count = 32
@@ -113,55 +117,26 @@ def choose_randomly(finished: np.ndarray, *, seed: int) -> np.ndarray:
     )
 
 
-def reward_of(config: Config, encoding: tiktoken.Encoding, device: torch.device) -> Callable[[data.Batch], Tensor]:
-    """The sum of the reward model, where there is one, and the functions."""
-    parts: list[Callable[[data.Batch], Tensor]] = [
-        rewards.FunctionReward(spec, rewards.load(spec), encoding) for spec in config.reward
-    ]
-    folder = reward_folder(config)
-    if folder is not None:
-        model = RewardModel.from_pretrained(folder).to(device).eval().requires_grad_(False)
-        tokenizer.check_fits(encoding, model.gpt.config.vocab_size, folder)
-        parts.append(lambda batch: model(batch.tokens, batch.lengths))
-    return rewards.total(parts)
-
-
-def reward_folder(config: Config) -> Path | str | None:
-    """The reward model's folder; None where functions alone give the score."""
-    if config.reward and config.reward_model is None:
-        return None
-    return model_or_earlier(config.reward_model, "--reward-model", config.run / "reward" / "model")
-
-
 def main(config: Config) -> Path:
     """Run the stage; returns the file of the winners."""
     device = resolve_device(config.device)
-    folder = model_or_earlier(config.policy, "--policy", config.run / "sft" / "model")
+    sources = environment.find(config)
     output = config.run / config.stage / "best.jsonl"
-    for spec in config.reward:
-        rewards.load(spec)
-    scorer = reward_folder(config)
-    models = (folder,) if scorer is None else (folder, scorer)
-    files = [*data.local_files(config.prompts), *rewards.source_files(config.reward)]
-    stage = Stage(config.run / config.stage, config, inputs=files, models=models, resume=config.resume)
+    stage = Stage(config.run / config.stage, config, inputs=sources.files, models=sources.models, resume=config.resume)
     if stage.finished:
         return output
-    prompts = [r["prompt"] for r in data.load(config.prompts, "prompts", split=config.split)]
-    encoding = tokenizer.load(folder)
-    policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
-    tokenizer.check_fits(encoding, policy.config.vocab_size, folder)
-    reward = reward_of(config, encoding, device)
-    room = min(read_config(model).n_positions for model in models) - config.max_new_tokens
-    require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
-    ids = data.encode_prompts(encoding, prompts, max_length=room)
+    env = environment.read(config, sources)
+    policy = GPT.from_pretrained(sources.policy).to(device).eval().requires_grad_(False)
+    members = environment.load_reward_models(sources, device)
+    reward = environment.reward_of(config, members, sources.functions, env.encoding)
 
     with stage.begin(None, steps=1):
-        rows = [(i, k) for i in range(len(ids)) for k in range(config.candidates)]
+        rows = [(i, k) for i in range(len(env.prompts)) for k in range(config.candidates)]
         samples = generate(
             policy,
-            [ids[i] for i, _ in rows],
+            [env.prompts[i] for i, _ in rows],
             max_new_tokens=config.max_new_tokens,
-            eos_id=encoding.eot_token,
+            eos_id=env.encoding.eot_token,
             temperature=config.temperature,
             seed=config.seed,
             keys=[(Stream.REJECTION, i, k) for i, k in rows],
@@ -169,13 +144,13 @@ def main(config: Config) -> Path:
         )
         given = over_micro_batches(reward, samples, config.micro_batch_tokens)
         require_finite(scores=given)
-        scores, finished = (x.view(len(ids), -1).cpu().numpy() for x in (given, samples.finished))
-        answers = [response_text(encoding, row) for row in samples.response_ids()]
+        scores, finished = (x.view(len(env.prompts), -1).cpu().numpy() for x in (given, samples.finished))
+        answers = [response_text(env.encoding, row) for row in samples.response_ids()]
         finished &= np.array([bool(answer.strip()) for answer in answers]).reshape(finished.shape)
         choices = {"best": choose(scores, finished), "random": choose_randomly(finished, seed=config.seed)}
-        origin = {"policy": source_hash(folder), "seed": config.seed}
+        origin = {"policy": source_hash(sources.policy), "seed": config.seed}
         for name, chosen in choices.items():
-            records = winners(prompts, answers, scores, chosen, origin | {"choice": name})
+            records = winners(env.texts, answers, scores, chosen, origin | {"choice": name})
             data.write_records(config.run / config.stage / f"{name}.jsonl", records)
         metrics = statistics(scores, choices)
         require(metrics["prompts"] > 0, "no answer finished: raise --max-new-tokens")

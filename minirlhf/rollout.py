@@ -19,6 +19,7 @@ from minirlhf.data import Batch, own_micro_batches
 from minirlhf.generate import Samples, generate
 from minirlhf.model import GPT
 from minirlhf.reward import ValueModel
+from minirlhf.runtime import Stream
 
 B = TypeVar("B", bound=Batch)
 
@@ -169,3 +170,9 @@ def collect(
         sampling_gap=(samples.logprobs - old_logprobs).abs().amax(dim=1),
         groups=None if groups is None else torch.tensor(groups, device=samples.tokens.device),
     )
+
+
+def rollout_keys(iteration: int, rows: Sequence[tuple[int, int]], group_size: int) -> list[tuple[int, ...]]:
+    """The random stream of each (prompt, candidate); a prompt's one response has the stream of its prompt."""
+    alone = group_size == 1
+    return [(Stream.ROLLOUT, iteration, prompt, *(() if alone else (candidate,))) for prompt, candidate in rows]

@@ -15,7 +15,7 @@ import torch
 
 import train_dpo
 import train_ppo
-from minirlhf import stage
+from minirlhf import environment, stage
 from minirlhf.data import Batch
 from minirlhf.hints import RULES, Hints, Row, read_hints
 from minirlhf.metrics import read_rows
@@ -226,7 +226,7 @@ def constant(_: object) -> Callable[[Batch], torch.Tensor]:
 def test_a_resumed_stage_has_the_hints_of_one_that_was_not_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(train_ppo, "reward_function", constant)
+    monkeypatch.setattr(environment, "reward_function", constant)
     run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward")
     settings = {"missing_eos_score": None, "checkpoint_every": 1}
     with pytest.MonkeyPatch.context() as patch:

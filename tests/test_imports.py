@@ -27,7 +27,7 @@ FLOORS = [
     {"decoder"},
     {"generate", "dry_run"},
     {"rewards"},
-    {"rollout", "objective"},
+    {"rollout", "objective", "environment"},
     {"experience"},
     {"ppo_update"},
     {"feedback"},

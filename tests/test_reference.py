@@ -21,7 +21,7 @@ from torch import nn
 import train_dpo
 import train_ppo
 import train_reward
-from minirlhf import data, tokenizer
+from minirlhf import data, environment, tokenizer
 from minirlhf.generate import generate
 from minirlhf.metrics import read_rows
 from minirlhf.model import GPT
@@ -67,7 +67,7 @@ def ppo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         copies = lambda arguments: copy.deepcopy((arguments["policy"], arguments["value_model"]))  # noqa: E731
         rollouts = spy(patch, train_ppo, "collect", before=copies)
-        rewards = spy(patch, train_ppo, "reward_function")
+        rewards = spy(patch, environment, "reward_function")
         updates = spy(patch, train_ppo, "update")
         train_ppo.main(tiny.ppo_config(run))
     return SimpleNamespace(

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_sft
-from minirlhf import data, rejection
+from minirlhf import data, rejection, tokenizer
 from minirlhf.metrics import read_rows
 from minirlhf.model import GPT
 from minirlhf.rejection import best_of_n_mean, choose, choose_randomly
@@ -178,6 +178,22 @@ def test_a_function_may_be_the_reward_and_a_finished_stage_is_left_alone(
     rejection.main(replace(config, resume=True))
     assert "rejection: is finished" in capsys.readouterr().out
     assert before == {p: p.stat().st_mtime_ns for p in (alone / "rejection").iterdir()}
+
+
+def test_an_ensemble_scores_and_columns_are_named(run: Path, tmp_path: Path) -> None:
+    """The second member gives each answer two less, which the mean shows as one less and the worst as two."""
+    lower = RewardModel.from_pretrained(run / "reward" / "model")
+    lower.normalise(2.0, 1.0)
+    lower.save_pretrained(tmp_path / "lower")
+    tokenizer.save(tiny.ENCODING, tmp_path / "lower")
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text("".join(json.dumps({"query": prompt}) + "\n" for prompt in tiny.PROMPTS[:10]), encoding="utf-8")
+    both = replace(config_of(run), ensemble=(str(tmp_path / "lower"),), prompts=str(asked), columns=("prompt=query",))
+    alone, scores = read_rows(run / "rejection")[0]["score"], {}
+    for aggregate in ("mean", "worst"):
+        rejection.main(replace(both, stage=aggregate, aggregate=aggregate))
+        scores[aggregate] = read_rows(run / aggregate)[0]["score"]
+    assert scores == {"mean": pytest.approx(alone - 1, abs=1e-5), "worst": pytest.approx(alone - 2, abs=1e-5)}
 
 
 def test_the_table(run: Path) -> None:

@@ -24,7 +24,7 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import __main__ as pipeline
-from minirlhf import checkpoint, objective, ops, ppo, ppo_update, stage
+from minirlhf import checkpoint, environment, objective, ops, ppo, ppo_update, stage
 from minirlhf.checkpoint import store
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.metrics import read_rows
@@ -399,7 +399,7 @@ def test_scores_and_advantages_that_are_not_finite_stop_ppo(
 ) -> None:
     folder = new_run("ppo", tmp_path)
     if what == "scores":
-        monkeypatch.setattr(train_ppo, "reward_function", lambda _: lambda b: torch.full((len(b),), float("nan")))
+        monkeypatch.setattr(environment, "reward_function", lambda _: lambda b: torch.full((len(b),), float("nan")))
         changes = {"missing_eos_score": None}
     else:
         monkeypatch.setattr(ops, "whiten", lambda x, mask: x / 0)

@@ -25,7 +25,7 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, kv_cache, model, rollout
+from minirlhf import data, environment, kv_cache, model, rollout
 from minirlhf.generate import generate
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel, ValueModel
@@ -207,7 +207,7 @@ def dpo_stage() -> Callable[[], object]:
 
 def ppo_stage() -> Callable[[], object]:
     models = speed_ppo.models(WIDE, CPU)
-    reward = train_ppo.reward_function(models.pop("reward_model"))
+    reward = environment.reward_function(models.pop("reward_model"))
     config = replace(speed_ppo.settings(WIDE, "cpu"), minibatches=1, micro_batch_tokens=1000)
     trained: tuple[model.GPT, ValueModel] = (models["policy"], models["value_model"])
     state = train_ppo.State(*trained, *[adamw(m, learning_rate=0.0) for m in trained], None)

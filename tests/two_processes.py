@@ -30,7 +30,7 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, ppo_update, processes
+from minirlhf import data, environment, ppo_update, processes
 from minirlhf.optim import adamw
 from minirlhf.reward import ValueModel
 from minirlhf.rollout import collect
@@ -94,7 +94,7 @@ def ppo_steps(dtype: torch.dtype, learning_rate: float) -> Iterator[tuple[nn.Mod
             policy,
             reference,
             value_model,
-            train_ppo.reward_function(reward_model),
+            environment.reward_function(reward_model),
             prompts,
             keys=[(state.iteration, i) for i in range(len(prompts))],
             seed=0,
