@@ -32,7 +32,7 @@ import torch
 from minirlhf import data, dry_run, environment, ppo, processes, tokenizer
 from minirlhf.advantages import RunningBaseline
 from minirlhf.ensemble import Aggregate
-from minirlhf.environment import Environment, Reward
+from minirlhf.environment import Reward
 from minirlhf.experience import GROUPED, Experience, learn_from, learn_without_values, rollout_metrics
 from minirlhf.model import GPT
 from minirlhf.model_card import write_model_card
@@ -243,26 +243,6 @@ def pretraining_texts(config: Config, encoding: tiktoken.Encoding, *, max_length
     return texts
 
 
-def plan(config: Config, env: Environment) -> dry_run.Plan:
-    """What the stage would do, for `--dry-run`; every response is taken for as long as it may be."""
-    policy, *reward_models = env.shapes.values()
-    rows = [len(prompt) + config.max_new_tokens for prompt in env.prompts]
-    value_models = [*reward_models, policy][:1] if config.advantages == "gae" else []
-    readers = 2 + len(value_models) + len(reward_models)  # who samples, and the reference
-    return dry_run.Plan(
-        config.iterations,
-        (policy, *value_models),
-        (policy, *reward_models),
-        rows=rows,
-        rows_a_step=config.rollout_size,
-        scored=readers * config.iterations * config.rollout_size * sum(rows) / len(rows),
-        epochs=config.epochs,
-        minibatches=config.minibatches,
-        group_size=config.group_size,
-        note="; every response taken for as long as it may be",
-    )
-
-
 def initial_state(config: Config, policy: GPT, members: Sequence[RewardModel]) -> State:
     """Policy, optimizers and controllers before the first iteration; a value model for `gae` alone.
 
@@ -319,7 +299,10 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     data.require_batch(f"--rollout-size{grouped}", per_rollout, len(env.prompts))
     texts = pretraining_texts(config, env.encoding, max_length=env.shapes[sources.policy].n_positions)
     if config.dry_run:
-        dry_run.show(plan(config, env), config, device=device, dtype=dtype)
+        groups = {"responses": config.rollout_size, "group_size": config.group_size}
+        valued = config.advantages == "gae"
+        plan = dry_run.sampled(config, list(env.shapes.values()), env.prompts, valued=valued, **groups)
+        dry_run.show(plan, config, device=device, dtype=dtype)
         return output
     policy = GPT.from_pretrained(sources.policy).to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)

@@ -84,6 +84,39 @@ def supervised(
     return Plan(steps, (shape,), frozen, rows=rows, rows_a_step=batch_size, scored=scored)
 
 
+def sampled(
+    config: Any,
+    shapes: Sequence[GPTConfig],
+    prompts: Sequence[Sequence[int]],
+    *,
+    responses: int,
+    group_size: int,
+    valued: bool = False,
+) -> Plan:
+    """The plan of a stage that samples what it learns from: PPO, online DPO.
+
+    shapes     of the models that are read, the policy's first
+    responses  that an iteration samples, `group_size` to each prompt; each is taken for as long as it may be
+    valued     whether a value model learns too, which has the shape of the first reward model, or else of the policy
+    """
+    policy, *reward_models = shapes
+    value_models = [*reward_models, policy][:1] if valued else []
+    rows = [len(prompt) + config.max_new_tokens for prompt in prompts]
+    readers = 2 + len(value_models) + len(reward_models)  # who samples, and the reference
+    return Plan(
+        config.iterations,
+        (policy, *value_models),
+        (policy, *reward_models),
+        rows=rows,
+        rows_a_step=responses,
+        scored=readers * config.iterations * responses * sum(rows) / len(rows),
+        epochs=config.epochs,
+        minibatches=config.minibatches,
+        group_size=group_size,
+        note="; every response taken for as long as it may be",
+    )
+
+
 def parameters(shape: GPTConfig, *, positions: bool = True) -> int:
     """How many a model of this shape has, with or without its table of positions; a scalar head's C are left out."""
     model = GPT(shape, seed=None)  # on the meta device, without memory

@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minirlhf import data, environment, ppo, processes, tokenizer
+from minirlhf import data, dry_run, environment, ppo, processes, tokenizer
 from minirlhf.dpo import dpo_loss, hinge_loss, ipo_loss
 from minirlhf.ensemble import Aggregate
 from minirlhf.model import GPT
@@ -39,6 +39,7 @@ from minirlhf.rollout import Rollout, collect, rollout_keys
 from minirlhf.runtime import Stream, autocast, project_file, resolve_device, resolve_dtype, run_script
 from minirlhf.settings import Count, Finite, FolderName, NotNegative, Positive, Seed, Settings, TokenBudget
 from minirlhf.stage import Stage, require_finite
+from minirlhf.track import TrackerName
 from train_dpo import SUMMED, ReferencedComparison, diagnostics, pair_logprobs
 
 
@@ -94,6 +95,10 @@ class Config(Settings):
     """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
     gradient_checkpointing: bool = False
     """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
+    track: TrackerName | None = None
+    """Show the metrics in `tensorboard` or `wandb` as well; Weights & Biases stays offline unless WANDB_MODE is set."""
+    dry_run: bool = False
+    """Say what would be done and about what it takes, read no weights and write nothing."""
     resume: bool = False
     """Go on from the newest whole checkpoint; a finished stage is left as it is."""
     checkpoint_every: Count = 10
@@ -188,6 +193,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, Tensor]:
     mask = rollout.mask
     return {
         "score": rollout.scores.mean(),
+        "score_std": rollout.scores.std(correction=0),
         "kl": ppo.sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, mask),
         "response_length": mask.sum(dim=1).float().mean(),
         "eos_rate": rollout.finished.float().mean(),
@@ -206,6 +212,11 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
         return output
     env = environment.read(config, sources)
     data.require_batch("--rollout-size", config.rollout_size, len(env.prompts))
+    if config.dry_run:
+        groups = {"responses": 2 * config.rollout_size, "group_size": 2}
+        plan = dry_run.sampled(config, list(env.shapes.values()), env.prompts, **groups)
+        dry_run.show(plan, config, device=device, dtype=dtype)
+        return output
     policy = GPT.from_pretrained(sources.policy).to(device)
     policy.gradient_checkpointing = config.gradient_checkpointing
     reference = copy.deepcopy(policy).eval().requires_grad_(False)

@@ -16,7 +16,7 @@ from test_bad_commands import tree
 from torch.profiler import ProfilerActivity, profile
 
 import train_sft
-from minirlhf import dry_run, hf_folder, tokenizer
+from minirlhf import dry_run, hf_folder, online_dpo, tokenizer
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import UserError, run_script
@@ -124,6 +124,22 @@ def test_responses_to_a_prompt_count_each(run: Path, monkeypatch: pytest.MonkeyP
     # Of 10 prompts, 6 and 4 in turn: 2.5 epochs; 3, 3, 3 and 1 in turn, twice each: 5/4 of an epoch, twice.
     assert one.learned == 2.5 * 2 * sum(one.rows) and two.learned == 1.25 * 2 * 2 * sum(two.rows)
     assert len(one.trained) == 2 and len(two.trained) == 1  # no value model
+
+
+def test_online_dpo_samples_two_answers_to_each_prompt(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    config, before = tiny.online_dpo_config(run), tree(run)
+    with monkeypatch.context() as patch:
+        no_weights(patch)
+        plan, _ = planned(patch, lambda: online_dpo.main(replace(config, dry_run=True, iterations=4)))
+    assert tree(run) == before and "nothing is written" in capsys.readouterr().out
+    prompts = [len(tiny.ENCODING.encode(prompt)) for prompt in tiny.PROMPTS]
+    assert sorted(plan.rows) == sorted(n + config.max_new_tokens for n in prompts)
+    # 20 prompts, 10 an iteration: 4 iterations go through them twice, with two answers each time, `epochs` times
+    assert plan.steps == 4 and plan.learned == 2 * 2 * config.epochs * sum(plan.rows)
+    assert len(plan.trained) == 1 and len(plan.frozen) == 2
+    assert plan.scored == 3 * 2 * 2 * sum(plan.rows)  # sampled, and read by reference and reward model
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

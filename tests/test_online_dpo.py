@@ -8,6 +8,7 @@ import itertools
 import math
 import os
 import shutil
+import statistics
 import sys
 from dataclasses import replace
 from datetime import timedelta
@@ -270,7 +271,7 @@ def test_the_first_step_is_on_average_the_policy_gradient_of_the_win_rate() -> N
 
 
 # ------------------------------------------------------------------------------------------------------------ the stage
-def test_what_is_logged(run: Path) -> None:
+def test_what_is_logged(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = read_rows(run / "online-dpo")
     assert len(rows) == 3
     for row in rows:
@@ -281,8 +282,12 @@ def test_what_is_logged(run: Path) -> None:
     assert [row["learning_rate"] for row in rows] == pytest.approx([3e-3, 2e-3, 1e-3])
     assert not tiny.equal(tiny.weights(policy_of(run)), tiny.weights(policy_of(run, "online-dpo")))
     first = replace(tiny.online_dpo_config(run), stage="once", iterations=1, epochs=1, minibatches=1)
+    sampled = tiny.spy(monkeypatch, online_dpo, "collect")
     online_dpo.main(first)
-    assert read_rows(run / "once")[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    (row,), scores = read_rows(run / "once"), sampled[0].result.scores.tolist()
+    assert row["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert row["score"] == pytest.approx(statistics.fmean(scores), abs=1e-5)
+    assert row["score_std"] == pytest.approx(statistics.pstdev(scores), abs=1e-5) and row["score_std"] > 0.01
 
 
 def test_the_learning_rate_falls_to_0_and_is_that_of_the_optimizer(
@@ -303,7 +308,9 @@ def test_a_function_is_the_reward_and_its_score_rises(tmp_path: Path, monkeypatc
     assert min(scores[-3:]) > 0.7 * max(scores[:2])  # negative: a third of the characters are gone
 
 
-def test_without_a_pair_nothing_is_learned_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_pair_nothing_is_learned_and_it_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     """To a function that is pleased with everything all pairs are ties."""
     (tmp_path / "indifferent.py").write_text("def f(prompts, responses):\n    return [1.0] * len(responses)\n")
     monkeypatch.chdir(tmp_path)
@@ -313,6 +320,7 @@ def test_without_a_pair_nothing_is_learned_and_it_is_said(tmp_path: Path, monkey
     assert all(row["pairs"] == row["optimizer_steps"] == 0 and "loss" not in row for row in rows)
     assert all(row["ties"] > 0 and row["ties"] + row["identical"] == 10 and row["score"] == 1.0 for row in rows)
     assert tiny.equal(tiny.weights(policy_of(run)), tiny.weights(policy_of(run, "online-dpo")))
+    assert "equal-rewards: every response of the rollout has the score 1" in capsys.readouterr().err
 
 
 def test_the_score_is_the_sum_of_ensemble_and_functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
