@@ -3,7 +3,7 @@
     python benchmarks/arithmetic.py                    # three seeds; goes on where it was stopped
     python benchmarks/arithmetic.py --smoke            # everything once, in seconds; its figures mean nothing
 
-    sft        a new small GPT-2 on 250 worked answers, of which a tenth is held out, to the end of what they teach
+    sft        a new small GPT-2 on 350 worked answers, of which a tenth is held out, to the end of what they teach
     ppo        train_ppo.py from there on 8,000 other problems; of an answer it sees only 1 where it ends right
     rloo       the same without a value model: as many answers, in groups of 8, whose mean is the baseline
     longer     control: as many more optimizer steps of SFT on the same worked answers as PPO takes
@@ -54,7 +54,7 @@ class Settings:
     n_embd: int = 64
     sft_epochs: float = 150.0
     sft_rate: float = 4e-3
-    iterations: int = 200
+    iterations: int = 300
     rollout_size: int = 512
     warmup: int = 10
     ppo_rate: float = 3e-4

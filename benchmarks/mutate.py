@@ -47,6 +47,7 @@ COMPARISONS = {
     ast.Is: [ast.IsNot],
     ast.IsNot: [ast.Is],
     ast.In: [ast.NotIn],
+    ast.NotIn: [ast.In],
 }
 OPERATORS = {
     ast.Add: ast.Sub,

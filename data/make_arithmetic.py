@@ -15,7 +15,7 @@ import json
 import random
 from pathlib import Path
 
-SIZES = {"demonstrations": 250, "problems": 8000, "test": 500}
+SIZES = {"demonstrations": 350, "problems": 8000, "test": 500}
 TERMS = 4
 LARGEST = 9
 

@@ -171,7 +171,12 @@ def test_the_table_has_every_figure_and_no_empty_column(whole: tuple) -> None:
     *parts, foot = table(summary).split("\n\n")
     heads = [re.split(r"\s{2,}", part.split("\n")[0])[1:] for part in parts]
     assert [head[0] for head in heads] == ["judge", "win rate", "judge model: win rate", "KL", "reward"]
+    assert heads[0][2:] == ["helpful", "honest", "harmless"]
+    assert heads[3][2:] == ["length", "EOS", "distinct-1", "distinct-2", "self-overlap", "rude"]
+    assert {head[1] for head in heads} == {"95 % interval"}
     ppo = summary["models"]["ppo"]
+    diverse = re.split(r"\s{2,}", parts[3].split("\n")[2])[5:7]
+    assert diverse == [f"{ppo[f'distinct_{n}']:.3f}" for n in (1, 2)]
     cells = re.split(r"\s{2,}", parts[0].split("\n")[2])
     low, high = ppo["total"]["interval"]
     assert cells[:3] == ["ppo", f"{ppo['total']['mean']:z.2f}", f"{low:z.2f} to {high:z.2f}"]
@@ -182,6 +187,7 @@ def test_the_table_has_every_figure_and_no_empty_column(whole: tuple) -> None:
     bare = {"prompts": 1, "samples": 1, "baseline": "a", "reference": None}
     bare["models"] = {"a": {"length": {"mean": 2.0, "interval": (1, 3)}, "self_overlap": None}}
     assert table(bare).split("\n")[:2] == ["model  length", "a         2.0"]
+    assert "1 prompts, 1 answer each;" in table(bare)
 
 
 # ---------------------------------------------------------------------------------------------------------------- laws

@@ -108,6 +108,7 @@ def test_eos_may_be_token_0() -> None:
 
 def test_all_positions_of_the_model_can_be_used() -> None:
     model = scripted([1, 2, 3, 4])
+    assert responses(generate(model, [[5, 5, 5, 5]], max_new_tokens=1, eos_id=None)) == [[4]]
     assert responses(generate(model, [[5, 5]], max_new_tokens=3, eos_id=None)) == [[2, 3, 4]]
     with pytest.raises(ValueError, match="exceeds the model's n_positions 4"):
         generate(model, [[5, 5]], max_new_tokens=4, eos_id=None)

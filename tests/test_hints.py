@@ -129,6 +129,13 @@ CASES: list[tuple[str, str, int, Change, Change]] = [
         lambda row: {"reward_chosen": -4.0, "margin": 4.0},
         lambda row: {"reward_chosen": -0.9, "margin": 4.0},
     ),
+    (  # about a nat and a half, with the ten rows before
+        "both-fall",
+        "dpo",
+        39,
+        lambda row: {"reward_chosen": -2.6, "margin": 2.0},
+        lambda row: {"reward_chosen": -0.4, "margin": 2.0},
+    ),
     *(  # a smaller part of the margin; less than a nat; a margin that does not rise
         ("both-fall", "dpo", 39, lambda row: {"reward_chosen": -4.0, "margin": 4.0}, fine)
         for fine in (
@@ -170,6 +177,18 @@ def test_the_first_iterations_of_a_value_model_and_early_training_are_not_judged
     assert hints("ppo", rows, tmp_path) == []
     rows = [{**row, "validation_accuracy": 0.5 if row["step"] < 28 else 0.9} for row in healthy("dpo")]
     assert hints("dpo", rows, tmp_path) == []
+
+
+def test_the_first_three_iterations_are_the_measure_of_entropy_and_length(tmp_path: Path) -> None:
+    """Means of 1 nat and of 10 tokens; of two of them they would be 1.5 and 13."""
+    first = [(3.0, 20.0), (0.0, 6.0), (0.0, 4.0)]
+    rows = healthy("ppo")
+    for row, (entropy, length) in zip(rows, first, strict=False):
+        row |= {"entropy": entropy, "response_length": length}
+    still = [row if row["step"] < 3 else {**row, "entropy": 0.105, "response_length": 19.5} for row in rows]
+    assert hints("ppo", still, tmp_path / "still") == []
+    gone = [row if row["step"] < 3 else {**row, "entropy": 0.095, "response_length": 20.5} for row in rows]
+    assert {name for _, name in hints("ppo", gone, tmp_path / "gone")} == {"entropy", "length"}
 
 
 def test_without_a_target_no_kl_is_beyond_it(tmp_path: Path) -> None:
