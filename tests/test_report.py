@@ -17,7 +17,7 @@ from minirlhf.report.chart import Axis, Line, chart, log_ticks, thinned, ticks
 from minirlhf.report.markup import brief, number
 from minirlhf.report.page import SECTIONS
 from minirlhf.report.run import kind_of, read_run
-from minirlhf.report.verdict import fall, over_optimised, traced
+from minirlhf.report.verdict import at, checks, fall, over_optimised, traced
 
 
 @pytest.fixture
@@ -155,6 +155,8 @@ def test_a_fall_counts_above_three_standard_errors(errors: float, answer: str) -
         (BROKEN, "broke", "and the reward fell too"),
         ([*RISING, point(18, 1.4, 1.0, 0.78, spread=0.9)], "no", "could be told from chance"),
         ([], "unknown", "Whether the judge's mark was higher in between was not measured"),
+        (RISING[:1], "unknown", "Whether the judge's mark was higher in between was not measured"),
+        (RISING[:2], "no", "The judge's best is the last measurement."),  # two measurements are a trace
     ],
 )
 def test_the_verdict_and_the_numbers_behind_it(trace: list, answer: str, words: str, run: Path) -> None:
@@ -172,6 +174,23 @@ def test_without_a_trace_a_judge_that_prefers_sft_is_enough(run: Path) -> None:
     (run / "summary.json").write_text(json.dumps(summary))
     text = page_of(run).text
     assert "PPO over-optimised." in text and "3 of 9 thresholds not met: PPO is better than SFT" in text
+    summary["models"] = {name: summary["models"][name] for name in ("sft", "ppo")}  # no other is needed for it
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = page_of(run).text
+    assert "PPO over-optimised." in text and "3 of 5 thresholds not met" in text
+
+
+def test_every_threshold_says_what_is_asked_what_for_and_what_was_found(run: Path) -> None:
+    found = checks(read_run(run, "run"))
+    assert all(check.met for check in found) and len(found) == 9
+    assert {check.what: check.needed for check in found[:5]} == {
+        "The reward model orders answers as the judge does": "at least 88% of pairs",
+        "PPO is better than SFT by the judge": "win rate above 50%, with its whole interval",
+        "PPO stayed near SFT": "KL 0 to 10 nats",
+        "PPO ends its answers": "at least 90% of them",
+        "PPO is about as long as SFT": "0.5 to 2 times",
+    }
+    assert at({"iteration": 0, "kl": -0.01}) == "iteration 0 (KL 0.0 nats)"
 
 
 def test_a_fall_is_a_mean_of_differences_with_its_error() -> None:
