@@ -6,7 +6,7 @@
     sft        a new small GPT-2 on 350 worked answers, of which a tenth is held out, to the end of what they teach
     ppo        train_ppo.py from there on 8,000 other problems; of an answer it sees only 1 where it ends right
     rloo       the same without a value model: as many answers, in groups of 8, whose mean is the baseline
-    longer     control: as many more optimizer steps of SFT on the same worked answers as PPO takes
+    longer     control: at least as many more optimizer steps of SFT on the same worked answers as PPO takes
     rejection  SFT once more, on the worked answers and the right ones among 8 of its own to 2,000 of RL's problems
 
 Held-out problems, which are in no other file, are answered 8 times at temperature 1 (the policy that RL trains) and

@@ -13,6 +13,7 @@ import tiny
 from labelling import benchmark
 
 from minirlhf import data, rewards, tokenizer
+from minirlhf.metrics import read_rows
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.rewards import arithmetic
 
@@ -97,6 +98,9 @@ def test_the_whole_example_once(study: ModuleType, tmp_path: Path, monkeypatch: 
     assert {"seed-3/sft", "seed-3/ppo", "seed-3/rloo", "seed-3/longer/sft", "seed-3/rejection-sft/sft"} <= set(
         result["training_seconds"]
     )
+    steps = [sum(row["optimizer_steps"] for row in read_rows(tmp_path / "seed-3" / way)) for way in ("ppo", "rloo")]
+    longer = len(read_rows(tmp_path / "seed-3" / "longer" / "sft"))  # whole batches an epoch: a few more
+    assert steps[0] == steps[1] <= longer <= 1.2 * steps[0]
     learned = data.load(tmp_path / "seed-3" / "right.jsonl", "demonstrations")
     assert arithmetic([r["prompt"] for r in learned], [r["response"] for r in learned]) == [1.0] * len(learned)
     before = path.read_bytes()

@@ -129,17 +129,18 @@ def test_responses_to_a_prompt_count_each(run: Path, monkeypatch: pytest.MonkeyP
 def test_online_dpo_samples_two_answers_to_each_prompt(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    config, before = tiny.online_dpo_config(run), tree(run)
+    config, before = replace(tiny.online_dpo_config(run), rollout_size=7, iterations=6), tree(run)
     with monkeypatch.context() as patch:
         no_weights(patch)
-        plan, _ = planned(patch, lambda: online_dpo.main(replace(config, dry_run=True, iterations=4)))
+        plan, _ = planned(patch, lambda: online_dpo.main(replace(config, dry_run=True)))
     assert tree(run) == before and "nothing is written" in capsys.readouterr().out
     prompts = [len(tiny.ENCODING.encode(prompt)) for prompt in tiny.PROMPTS]
     assert sorted(plan.rows) == sorted(n + config.max_new_tokens for n in prompts)
-    # 20 prompts, 10 an iteration: 4 iterations go through them twice, with two answers each time, `epochs` times
-    assert plan.steps == 4 and plan.learned == 2 * 2 * config.epochs * sum(plan.rows)
+    # 20 prompts, 7, 7 and 6 in turn: 6 iterations go through them twice, with two answers each time, `epochs` times
+    assert plan.steps == 6 and plan.learned == 2 * 2 * config.epochs * sum(plan.rows)
     assert len(plan.trained) == 1 and len(plan.frozen) == 2
-    assert plan.scored == 3 * 2 * 2 * sum(plan.rows)  # sampled, and read by reference and reward model
+    mean = sum(plan.rows) / len(plan.rows)
+    assert plan.scored == pytest.approx(3 * 6 * 14 * mean)  # sampled, and read by reference and reward model
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
