@@ -21,15 +21,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minirlhf import data, dry_run, processes, tokenizer
+from minirlhf import data, distributed, tokenizer
+from minirlhf.batch import batch_indices, count_steps
 from minirlhf.bradley_terry import accuracy
-from minirlhf.dpo import dpo_loss, implicit_rewards
-from minirlhf.hub import model_or_earlier
-from minirlhf.model import GPT, read_config
-from minirlhf.model_card import write_model_card
-from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
-from minirlhf.runtime import autocast, resolve_device, resolve_dtype, run_script
-from minirlhf.settings import (
+from minirlhf.comparisons import Comparison, PairBatch, over_comparisons, pair_micro_batches, token_count
+from minirlhf.config import (
     Count,
     FolderName,
     NotNegative,
@@ -40,9 +36,18 @@ from minirlhf.settings import (
     Smoothing,
     Steps,
     TokenBudget,
+    TrackerName,
+    run_script,
 )
-from minirlhf.stage import Stage, require_finite
-from minirlhf.track import TrackerName
+from minirlhf.dpo import dpo_loss, implicit_rewards
+from minirlhf.encode import encode_comparisons, require_both_sides, split_by_prompt
+from minirlhf.hf.hub import model_or_earlier
+from minirlhf.model import GPT, read_config
+from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
+from minirlhf.runs.card import write_model_card
+from minirlhf.runs.plan import show_plan, supervised_plan
+from minirlhf.runs.stage import Stage
+from minirlhf.runtime import autocast, require_finite, resolve_device, resolve_dtype
 
 
 @dataclass
@@ -130,13 +135,13 @@ class State:
 
 
 @dataclass(frozen=True)
-class ReferencedComparison(data.Comparison):
+class ReferencedComparison(Comparison):
     """A comparison with the frozen reference's log-probability of each response, summed over its tokens."""
 
     ref_seq_logprobs: list[float]
 
 
-def seq_logprobs(model: GPT, batch: data.PairBatch, *, temperature: float = 1.0) -> Tensor:
+def seq_logprobs(model: GPT, batch: PairBatch, *, temperature: float = 1.0) -> Tensor:
     """(R,) log pi(y|x) of R responses: summed over the tokens, never averaged, because length matters in DPO."""
     hidden = model.hidden(batch.tokens, positions=batch.positions, visible=batch.visible).flatten(0, 1)
     targets = batch.tokens.flatten()[batch.targets]
@@ -145,15 +150,15 @@ def seq_logprobs(model: GPT, batch: data.PairBatch, *, temperature: float = 1.0)
 
 
 def with_reference(
-    reference: GPT, comparisons: list[data.Comparison], device: torch.device, *, max_tokens: int
+    reference: GPT, comparisons: list[Comparison], device: torch.device, *, max_tokens: int
 ) -> list[ReferencedComparison]:
     """Compute the reference's log-probabilities, once for the whole stage, and keep them with the comparisons."""
-    ref = data.over_comparisons(lambda batch: seq_logprobs(reference, batch), comparisons, max_tokens, device)
+    ref = over_comparisons(lambda batch: seq_logprobs(reference, batch), comparisons, max_tokens, device)
     return [ReferencedComparison(c.examples, c.pairs, r.tolist()) for c, r in zip(comparisons, ref, strict=True)]
 
 
 def pair_logprobs(
-    policy: GPT, comparisons: list[ReferencedComparison], pairs: data.PairBatch, *, temperature: float = 1.0
+    policy: GPT, comparisons: list[ReferencedComparison], pairs: PairBatch, *, temperature: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The four (N,) arguments of `dpo_loss`, chosen and rejected from one forward pass."""
     logprobs = seq_logprobs(policy, pairs, temperature=temperature)
@@ -181,15 +186,15 @@ def train_step(state: State, comparisons: list[ReferencedComparison], config: Co
     count = sum(len(c.pairs) for c in comparisons)  # of the whole batch, over micro-batches and processes
     sums = dict.fromkeys(SUMMED, torch.zeros(()))
     state.optimizer.zero_grad(set_to_none=True)
-    for part, pairs in data.pair_micro_batches(comparisons, config.micro_batch_tokens):
+    for part, pairs in pair_micro_batches(comparisons, config.micro_batch_tokens):
         four = pair_logprobs(state.policy, part, pairs.to(device))
         loss = dpo_loss(*four, beta=config.beta, label_smoothing=config.label_smoothing, denominator=count)
         loss.backward()
         seen = {"loss": loss.detach().cpu(), **diagnostics(four, beta=config.beta, denominator=count)}
         sums = {name: sums[name] + value for name, value in seen.items()}
-    sums = processes.sum_each(sums)
+    sums = distributed.sum_each(sums)
     require_finite(loss=sums["loss"])
-    processes.sum_gradients(state.policy)
+    distributed.sum_gradients(state.policy)
     grad_norm = clip_gradients(state.policy, config.max_grad_norm)
     state.optimizer.step()
     state.step += 1
@@ -201,12 +206,12 @@ def held_out(policy: GPT, comparisons: list[ReferencedComparison], config: Confi
     """The training metrics on held-out comparisons, without label smoothing in the loss."""
     count = sum(len(c.pairs) for c in comparisons)
     sums = dict.fromkeys(SUMMED, torch.zeros(()))
-    for part, pairs in data.pair_micro_batches(comparisons, config.micro_batch_tokens):
+    for part, pairs in pair_micro_batches(comparisons, config.micro_batch_tokens):
         four = pair_logprobs(policy, part, pairs.to(device))
         loss = dpo_loss(*four, beta=config.beta, denominator=count)
         seen = {"loss": loss.cpu(), **diagnostics(four, beta=config.beta, denominator=count)}
         sums = {name: sums[name] + value for name, value in seen.items()}
-    return {f"validation_{name}": value for name, value in processes.sum_each(sums).items()}
+    return {f"validation_{name}": value for name, value in distributed.sum_each(sums).items()}
 
 
 def main(config: Config) -> Path:
@@ -225,15 +230,15 @@ def main(config: Config) -> Path:
     shape = read_config(folder)
     encoding = tokenizer.load(folder)
     tokenizer.check_fits(encoding, shape.vocab_size, folder)
-    sides = data.split_by_prompt(records, share=config.validation_share, seed=config.seed)
-    train, validation = (data.encode_comparisons(encoding, side, max_length=shape.n_positions) for side in sides)
-    data.require_both_sides(file, train, validation)
-    total_steps = data.total_steps(config.epochs, len(train), config.batch_size)
+    sides = split_by_prompt(records, share=config.validation_share, seed=config.seed)
+    train, validation = (encode_comparisons(encoding, side, max_length=shape.n_positions) for side in sides)
+    require_both_sides(file, train, validation)
+    total_steps = count_steps(config.epochs, len(train), config.batch_size)
     if config.dry_run:
         often = {"batch_size": config.batch_size, "validation_every": config.validation_every}
-        scored = data.token_count([*train, *validation])  # once, by the reference
-        plan = dry_run.supervised(total_steps, shape, train, validation, **often, frozen=(shape,), scored=scored)
-        dry_run.show(plan, config, device=device, dtype=dtype)
+        scored = token_count([*train, *validation])  # once, by the reference
+        plan = supervised_plan(total_steps, shape, train, validation, **often, frozen=(shape,), scored=scored)
+        show_plan(plan, config, device=device, dtype=dtype)
         return output
     policy = GPT.from_pretrained(folder).to(device)
     policy.gradient_checkpointing = config.gradient_checkpointing
@@ -253,14 +258,14 @@ def main(config: Config) -> Path:
             step = state.step
             learning_rate = config.learning_rate * linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
             set_learning_rate(state.optimizer, learning_rate)
-            rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
+            rows = batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
             batch = [train[i] for i in rows]
             with autocast(device, dtype), stage.attempt() as fitted:
                 metrics = train_step(state, batch, fitted, device)
                 due = state.step % config.validation_every == 0 or state.step == total_steps
                 metrics |= held_out(policy, validation, fitted, device) if due else {}
-                stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=data.token_count(batch))
-        if processes.is_writer():
+                stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=token_count(batch))
+        if distributed.is_writer():
             policy.save_pretrained(output)
             tokenizer.save(encoding, output)
             write_model_card(output, script="train_dpo.py", objective="Direct preference optimisation on comparisons.")

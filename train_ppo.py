@@ -29,19 +29,9 @@ from typing import Literal
 import tiktoken
 import torch
 
-from minirlhf import data, dry_run, environment, ppo, processes, tokenizer
-from minirlhf.advantages import RunningBaseline
-from minirlhf.ensemble import Aggregate
-from minirlhf.environment import Reward
-from minirlhf.experience import GROUPED, Experience, learn_from, learn_without_values, rollout_metrics
-from minirlhf.model import GPT
-from minirlhf.model_card import write_model_card
-from minirlhf.optim import adamw, linear_schedule, set_learning_rate
-from minirlhf.ppo_update import State, beta_now, update
-from minirlhf.reward import RewardModel, ValueModel
-from minirlhf.rollout import Rollout, collect, rollout_keys
-from minirlhf.runtime import autocast, project_file, require, resolve_device, resolve_dtype, run_script
-from minirlhf.settings import (
+from minirlhf import data, distributed, ppo, reward_functions, tokenizer
+from minirlhf.batch import Example, batch_indices, require_batch
+from minirlhf.config import (
     Count,
     Finite,
     FolderName,
@@ -52,10 +42,23 @@ from minirlhf.settings import (
     Settings,
     Steps,
     TokenBudget,
+    TrackerName,
+    run_script,
 )
-from minirlhf.stage import Stage
-from minirlhf.trace import Trace
-from minirlhf.track import TrackerName
+from minirlhf.encode import encode_demonstrations
+from minirlhf.evaluate.trace import Trace
+from minirlhf.experience import GROUPED, Experience, learn_from, learn_without_values, rollout_metrics
+from minirlhf.grpo import RunningBaseline
+from minirlhf.model import GPT
+from minirlhf.optim import adamw, linear_schedule, set_learning_rate
+from minirlhf.ppo_update import State, beta_now, update
+from minirlhf.reward import Aggregate, RewardModel, ValueModel
+from minirlhf.reward_functions import Reward
+from minirlhf.rollout import Rollout, collect, rollout_keys
+from minirlhf.runs.card import write_model_card
+from minirlhf.runs.plan import sampled_plan, show_plan
+from minirlhf.runs.stage import Stage
+from minirlhf.runtime import autocast, project_file, require, resolve_device, resolve_dtype
 
 
 @dataclass
@@ -233,12 +236,12 @@ def estimate(state: State, rollout: Rollout, config: Config) -> Experience:
     return learn_without_values(rollout, advantages=config.advantages, beta=beta, baseline=state.baseline)
 
 
-def pretraining_texts(config: Config, encoding: tiktoken.Encoding, *, max_length: int) -> list[data.Example]:
+def pretraining_texts(config: Config, encoding: tiktoken.Encoding, *, max_length: int) -> list[Example]:
     """The texts of PPO-ptx, none without."""
     if config.ptx_data is None:
         return []
     records = data.load(config.ptx_data, "demonstrations")
-    texts = data.encode_demonstrations(encoding, records, max_length=max_length)
+    texts = encode_demonstrations(encoding, records, max_length=max_length)
     require(len(texts) > 0, f"--ptx-data {config.ptx_data}: nothing in it fits {max_length} tokens")
     return texts
 
@@ -287,27 +290,27 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     check_settings(config)
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    sources = environment.find(config)
+    sources = reward_functions.find_sources(config)
     output = config.run / config.stage / "model"
     files = [*sources.files, *(data.local_files(config.ptx_data) if config.ptx_data else [])]
     stage = Stage(config.run / config.stage, config, inputs=files, models=sources.models, resume=config.resume)
     if stage.finished:
         return output
-    env = environment.read(config, sources)
+    env = reward_functions.read_environment(config, sources)
     per_rollout = config.rollout_size // config.group_size  # prompts
     grouped = "" if config.group_size == 1 else f" in groups of {config.group_size}, prompts"
-    data.require_batch(f"--rollout-size{grouped}", per_rollout, len(env.prompts))
+    require_batch(f"--rollout-size{grouped}", per_rollout, len(env.prompts))
     texts = pretraining_texts(config, env.encoding, max_length=env.shapes[sources.policy].n_positions)
     if config.dry_run:
         groups = {"responses": config.rollout_size, "group_size": config.group_size}
         valued = config.advantages == "gae"
-        plan = dry_run.sampled(config, list(env.shapes.values()), env.prompts, valued=valued, **groups)
-        dry_run.show(plan, config, device=device, dtype=dtype)
+        plan = sampled_plan(config, list(env.shapes.values()), env.prompts, valued=valued, **groups)
+        show_plan(plan, config, device=device, dtype=dtype)
         return output
     policy = GPT.from_pretrained(sources.policy).to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    members = environment.load_reward_models(sources, device)
-    reward = environment.reward_of(config, members, sources.functions, env.encoding)
+    members = reward_functions.load_reward_models(sources, device)
+    reward = reward_functions.reward_of(config, members, sources.functions, env.encoding)
     state = initial_state(config, policy, members)
     trace = judged(config, reference, reward, env.encoding) if config.trace_every else None
 
@@ -323,7 +326,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
             set_learning_rate(state.policy_optimizer, config.learning_rate * factor)
             if state.value_optimizer:
                 set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
-            chosen = data.batch_indices(len(env.prompts), per_rollout, seed=config.seed, step=iteration)
+            chosen = batch_indices(len(env.prompts), per_rollout, seed=config.seed, step=iteration)
             rows = [(prompt, candidate) for prompt in chosen for candidate in range(config.group_size)]
             with autocast(device, dtype), stage.attempt() as fitted:
                 rollout = collect(
@@ -353,7 +356,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                 trace.observe(policy, state.iteration)
             if observe and state.iteration > iteration:
                 observe(state)
-        if processes.is_writer():
+        if distributed.is_writer():
             policy.save_pretrained(output)
             tokenizer.save(env.encoding, output)
             write_model_card(output, script="train_ppo.py", objective="PPO against a reward model.")

@@ -29,20 +29,35 @@ from typing import Literal
 
 import torch
 
-from minirlhf import data, dry_run, processes, tokenizer
+from minirlhf import data, distributed, tokenizer
+from minirlhf.batch import batch_indices, count_steps
 from minirlhf.bradley_terry import accuracy, bradley_terry_loss
-from minirlhf.hub import model_or_earlier
-from minirlhf.metrics import write_json
+from minirlhf.comparisons import Comparison, PairBatch, over_comparisons, pair_micro_batches, pair_numbers, token_count
+from minirlhf.config import (
+    AtLeastTwo,
+    Count,
+    NotNegative,
+    Positive,
+    Seed,
+    Settings,
+    Share,
+    Steps,
+    TokenBudget,
+    TrackerName,
+    run_script,
+)
+from minirlhf.encode import encode_comparisons, encode_prompts, require_both_sides, split_by_prompt
+from minirlhf.files import write_json
+from minirlhf.hf.hub import model_or_earlier
 from minirlhf.model import GPT, read_config
-from minirlhf.model_card import write_model_card
 from minirlhf.objective import Form, Objective, Ties
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches, sample
-from minirlhf.runtime import Stream, autocast, project_file, require, resolve_device, resolve_dtype, run_script
-from minirlhf.settings import AtLeastTwo, Count, NotNegative, Positive, Seed, Settings, Share, Steps, TokenBudget
-from minirlhf.stage import Stage, require_finite
-from minirlhf.track import TrackerName
+from minirlhf.runs.card import write_model_card
+from minirlhf.runs.plan import show_plan, supervised_plan
+from minirlhf.runs.stage import Stage
+from minirlhf.runtime import Stream, autocast, project_file, require, require_finite, resolve_device, resolve_dtype
 
 
 @dataclass
@@ -147,7 +162,7 @@ class State:
     fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
 
 
-def response_scores(model: RewardModel, batch: data.PairBatch) -> torch.Tensor:
+def response_scores(model: RewardModel, batch: PairBatch) -> torch.Tensor:
     """(R,) scores of R responses, each read at its last token."""
     hidden = model.gpt.hidden(batch.tokens, positions=batch.positions, visible=batch.visible)
     return model.head_scores(hidden.flatten(0, 1)[batch.ends])
@@ -155,7 +170,7 @@ def response_scores(model: RewardModel, batch: data.PairBatch) -> torch.Tensor:
 
 def train_step(
     state: State,
-    comparisons: list[data.Comparison],
+    comparisons: list[Comparison],
     *,
     device: torch.device,
     micro_batch_tokens: int,
@@ -168,26 +183,26 @@ def train_step(
     size = objective.size(comparisons, contrast)
     loss = correct = torch.zeros(())
     state.optimizer.zero_grad(set_to_none=True)
-    for members, part in data.pair_micro_batches(comparisons, micro_batch_tokens):
+    for members, part in pair_micro_batches(comparisons, micro_batch_tokens):
         part = part.to(device)
         scores = response_scores(state.model, part)
         part_loss = objective.loss(scores, members, part.pairs, contrast=contrast, denominator=size)
         part_loss.backward()
         loss = loss + part_loss.detach().cpu()
         correct = correct + (accuracy(scores[part.chosen], scores[part.rejected], denominator=pairs)).cpu()
-    metrics = processes.sum_each({"loss": loss, "accuracy": correct})
+    metrics = distributed.sum_each({"loss": loss, "accuracy": correct})
     require_finite(loss=metrics["loss"])
-    processes.sum_gradients(state.model)
+    distributed.sum_gradients(state.model)
     grad_norm = clip_gradients(state.model, max_grad_norm)
     state.optimizer.step()
     state.step += 1
     return {**metrics, "grad_norm": grad_norm}
 
 
-def held_out(model: RewardModel, comparisons: list[data.Comparison], device: torch.device, *, max_tokens: int) -> dict:
+def held_out(model: RewardModel, comparisons: list[Comparison], device: torch.device, *, max_tokens: int) -> dict:
     """Loss, accuracy and accuracy by margin (in thirds of |score difference|) on held-out comparisons."""
-    scores = torch.cat(data.over_comparisons(lambda b: response_scores(model, b), comparisons, max_tokens, device))
-    chosen, rejected = scores[data.pair_numbers(comparisons)].unbind(dim=1)
+    scores = torch.cat(over_comparisons(lambda b: response_scores(model, b), comparisons, max_tokens, device))
+    chosen, rejected = scores[pair_numbers(comparisons)].unbind(dim=1)
     thirds = torch.argsort((chosen - rejected).abs()).tensor_split(3)
     by_margin = {
         f"accuracy_margin_{name}": accuracy(chosen[i], rejected[i])
@@ -237,26 +252,26 @@ def main(config: Config) -> Path:
     shape = read_config(folder)
     encoding = tokenizer.load(folder)
     tokenizer.check_fits(encoding, shape.vocab_size, folder)
-    train_records, validation_records = data.split_by_prompt(records, share=config.validation_share, seed=config.seed)
+    train_records, validation_records = split_by_prompt(records, share=config.validation_share, seed=config.seed)
     max_length, room = shape.n_positions, shape.n_positions - config.max_new_tokens
     objective = Objective(config.objective, config.ties, config.davidson_nu)
     objective.check(config.contrast)
     require(not config.patience or config.validation_every, "--patience: say with --validation-every how often")
-    train = data.encode_comparisons(encoding, train_records, max_length=max_length, ties=config.ties != "drop")
+    train = encode_comparisons(encoding, train_records, max_length=max_length, ties=config.ties != "drop")
     train = objective.prepare(train)
-    validation = data.encode_comparisons(encoding, validation_records, max_length=max_length)
+    validation = encode_comparisons(encoding, validation_records, max_length=max_length)
     distinct = dict.fromkeys(record["prompt"] for record in prompt_records)
     texts = list(islice(cycle(distinct), config.reference_samples))  # few prompts, or none at all, are asked again
     require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
     require(len(texts) > 1, f"--reference-samples {len(texts)}: at least 2 are needed for the score to vary")
-    prompts = data.encode_prompts(encoding, texts, max_length=room)
-    data.require_both_sides(file, train, validation)
-    total_steps = data.total_steps(config.epochs, len(train), config.batch_size)
+    prompts = encode_prompts(encoding, texts, max_length=room)
+    require_both_sides(file, train, validation)
+    total_steps = count_steps(config.epochs, len(train), config.batch_size)
     if config.dry_run:
         often = {"batch_size": config.batch_size, "validation_every": config.validation_every or total_steps}
         scored = 4 * sum(len(prompt) + config.max_new_tokens for prompt in prompts)  # sampled and scored, twice
-        plan = dry_run.supervised(total_steps, shape, train, validation, **often, frozen=(shape,), scored=scored)
-        dry_run.show(plan, config, device=device, dtype=dtype)
+        plan = supervised_plan(total_steps, shape, train, validation, **often, frozen=(shape,), scored=scored)
+        show_plan(plan, config, device=device, dtype=dtype)
         return output
     policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
     model = RewardModel.from_gpt(policy, generator=torch.Generator().manual_seed(config.seed))
@@ -271,7 +286,7 @@ def main(config: Config) -> Path:
             step = state.step
             learning_rate = config.learning_rate * linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
             set_learning_rate(state.optimizer, learning_rate)
-            rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
+            rows = batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
             batch = [train[i] for i in rows]
             with autocast(device, dtype), stage.attempt() as fitted:
                 metrics = train_step(
@@ -287,7 +302,7 @@ def main(config: Config) -> Path:
                 metrics |= held_out(model, validation, device, max_tokens=fitted.micro_batch_tokens) if due else {}
                 if state.best is not None and due:
                     keep_best(state, metrics["validation_loss"].item())
-                stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=data.token_count(batch))
+                stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=token_count(batch))
         if state.best is not None:
             model.load_state_dict(state.best.state_dict())
 
@@ -296,7 +311,7 @@ def main(config: Config) -> Path:
             model.normalise(before["mean"], before["std"])
         with autocast(device, dtype):  # another block, because autocast keeps copies of the weights as they were
             after = reference_scores(model, policy, prompts, stage.fitted, encoding.eot_token)
-        if processes.is_writer():
+        if distributed.is_writer():
             write_json(config.run / "reward" / "normalisation.json", {"before": before, "after": after})
             model.save_pretrained(output)
             tokenizer.save(encoding, output)

@@ -21,17 +21,30 @@ from typing import Literal
 import tiktoken
 import torch
 
-from minirlhf import data, dry_run, processes, tokenizer
-from minirlhf.hub import model_folder
+from minirlhf import data, distributed, tokenizer
+from minirlhf.batch import Batch, Example, batch_indices, count_steps, own_micro_batches, pad
+from minirlhf.config import (
+    Count,
+    NotNegative,
+    Positive,
+    Seed,
+    Settings,
+    Share,
+    Steps,
+    TokenBudget,
+    TrackerName,
+    run_script,
+)
+from minirlhf.encode import Record, encode_demonstrations, split_by_prompt
+from minirlhf.hf.hub import model_folder
 from minirlhf.model import GPT, GPTConfig, read_config
-from minirlhf.model_card import write_model_card
 from minirlhf.ops import masked_mean
 from minirlhf.optim import adamw, clip_gradients, cosine_schedule, set_learning_rate
 from minirlhf.rollout import over_micro_batches
-from minirlhf.runtime import autocast, project_file, require, resolve_device, resolve_dtype, run_script
-from minirlhf.settings import Count, NotNegative, Positive, Seed, Settings, Share, Steps, TokenBudget
-from minirlhf.stage import Stage, require_finite
-from minirlhf.track import TrackerName
+from minirlhf.runs.card import write_model_card
+from minirlhf.runs.plan import show_plan, supervised_plan
+from minirlhf.runs.stage import Stage
+from minirlhf.runtime import autocast, project_file, require, require_finite, resolve_device, resolve_dtype
 
 
 @dataclass
@@ -128,29 +141,29 @@ class State:
     fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
 
 
-def train_step(state: State, batch: data.Batch, *, micro_batch_tokens: int, max_grad_norm: float) -> dict:
+def train_step(state: State, batch: Batch, *, micro_batch_tokens: int, max_grad_norm: float) -> dict:
     """One optimizer step on a batch; the loss is the mean over all its response tokens, however it is divided."""
     tokens = batch.mask.sum()  # of the whole batch: what micro-batches and processes add up is its gradient
     loss = torch.zeros(())
     state.optimizer.zero_grad(set_to_none=True)
-    for index in data.own_micro_batches(batch.lengths, micro_batch_tokens):
+    for index in own_micro_batches(batch.lengths, micro_batch_tokens):
         part = batch.rows(index)
         logprobs = state.model.logprobs(part.tokens, part.mask)
         part_loss = -masked_mean(logprobs, part.mask, denominator=tokens)
         part_loss.backward()
         loss = loss + part_loss.detach().cpu()
-    metrics = processes.sum_each({"loss": loss})
+    metrics = distributed.sum_each({"loss": loss})
     require_finite(**metrics)
-    processes.sum_gradients(state.model)
+    distributed.sum_gradients(state.model)
     grad_norm = clip_gradients(state.model, max_grad_norm)
     state.optimizer.step()
     state.step += 1
     return {**metrics, "grad_norm": grad_norm}
 
 
-def held_out(model: GPT, examples: list[data.Example], device: torch.device, *, max_tokens: int) -> dict:
+def held_out(model: GPT, examples: list[Example], device: torch.device, *, max_tokens: int) -> dict:
     """Mean negative log-likelihood over all response tokens of the examples, in nats."""
-    batch = data.pad(examples).to(device)
+    batch = pad(examples).to(device)
     logprobs = over_micro_batches(lambda part: model.logprobs(part.tokens, part.mask), batch, max_tokens)
     return {"validation_loss": -masked_mean(logprobs, batch.mask)}
 
@@ -166,7 +179,7 @@ def held_out_source(config: Config) -> str | None:
     return config.validation or (world if of_the_world(config) else None)
 
 
-def read_records(config: Config) -> tuple[list[data.Record], list[data.Record]]:
+def read_records(config: Config) -> tuple[list[Record], list[Record]]:
     """Training and held-out demonstrations."""
     train = data.load(config.train, "demonstrations", split=config.split, columns=config.columns)
     source = held_out_source(config)
@@ -174,7 +187,7 @@ def read_records(config: Config) -> tuple[list[data.Record], list[data.Record]]:
         bool(source) or not config.validation_split, "--validation-split: is a part of --validation, which is not given"
     )
     if source is None:
-        return data.split_by_prompt(train, share=config.validation_share, seed=config.seed)
+        return split_by_prompt(train, share=config.validation_share, seed=config.seed)
     return train, data.load(source, "demonstrations", split=config.validation_split, columns=config.columns)
 
 
@@ -206,14 +219,14 @@ def main(config: Config) -> Path:
     train_records, validation_records = read_records(config)
     shape = read_config(folder) if folder else new_shape(config, encoding)
     tokenizer.check_fits(encoding, shape.vocab_size, f"--model {folder}")
-    train = data.encode_demonstrations(encoding, train_records, max_length=shape.n_positions)
-    validation = data.encode_demonstrations(encoding, validation_records, max_length=shape.n_positions)
+    train = encode_demonstrations(encoding, train_records, max_length=shape.n_positions)
+    validation = encode_demonstrations(encoding, validation_records, max_length=shape.n_positions)
     require(len(train) > 0 and len(validation) > 0, f"{config.train}: too little to learn from and hold out")
-    total_steps = data.total_steps(config.epochs, len(train), config.batch_size)
+    total_steps = count_steps(config.epochs, len(train), config.batch_size)
     if config.dry_run:
         often = {"batch_size": config.batch_size, "validation_every": config.validation_every}
-        plan = dry_run.supervised(total_steps, shape, train, validation, **often)
-        dry_run.show(plan, config, device=device, dtype=dtype)
+        plan = supervised_plan(total_steps, shape, train, validation, **often)
+        show_plan(plan, config, device=device, dtype=dtype)
         return output
     model = (GPT.from_pretrained(folder) if folder else GPT(shape, seed=config.seed)).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
@@ -226,8 +239,8 @@ def main(config: Config) -> Path:
             step = state.step
             learning_rate = config.learning_rate * cosine_schedule(step, total_steps, warmup_steps=config.warmup_steps)
             set_learning_rate(state.optimizer, learning_rate)
-            rows = data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
-            batch = data.pad([train[i] for i in rows]).to(device)
+            rows = batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
+            batch = pad([train[i] for i in rows]).to(device)
             due = (step + 1) % config.validation_every == 0 or step + 1 == total_steps
             with autocast(device, dtype), stage.attempt() as fitted:
                 metrics = train_step(
@@ -235,7 +248,7 @@ def main(config: Config) -> Path:
                 )
                 metrics |= held_out(model, validation, device, max_tokens=fitted.micro_batch_tokens) if due else {}
                 stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=int(batch.lengths.sum()))
-        if processes.is_writer():
+        if distributed.is_writer():
             model.save_pretrained(output)
             tokenizer.save(encoding, output)
             write_model_card(output, script="train_sft.py", objective="Supervised fine-tuning on demonstrations.")

@@ -31,8 +31,10 @@ import torch
 
 import train_ppo
 import train_sft
-from minirlhf import data, rejection, rewards, tokenizer
-from minirlhf.bootstrap import bootstrap_interval, estimate
+from minirlhf import data, rejection, reward_functions, tokenizer
+from minirlhf.encode import encode_prompt
+from minirlhf.evaluate.bootstrap import bootstrap_interval, estimate
+from minirlhf.files import write_records
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.runtime import Stream, project_file
@@ -163,7 +165,7 @@ def right_answers(run: Path, files: dict[str, Path], settings: Settings, seed: i
     own = [record for record in data.load(best, "demonstrations") if record["score"] == 1]
     path = run / "right.jsonl"
     records = [*data.load(files["demonstrations"], "demonstrations"), *own]
-    data.write_records(path, [{name: record[name] for name in ("prompt", "response")} for record in records])
+    write_records(path, [{name: record[name] for name in ("prompt", "response")} for record in records])
     return path
 
 
@@ -171,7 +173,7 @@ def answers(folder: Path, prompts: list[str], *, samples: int, temperature: floa
     """(P, samples) 1 where a model's answer is right, 0 where it is not."""
     model, encoding = GPT.from_pretrained(folder).eval().requires_grad_(False), tokenizer.load(folder)
     rows = [(i, k) for i in range(len(prompts)) for k in range(samples)]
-    ids = [data.encode_prompt(encoding, prompt) for prompt in prompts]
+    ids = [encode_prompt(encoding, prompt) for prompt in prompts]
     given = generate(
         model,
         [ids[i] for i, _ in rows],
@@ -182,7 +184,7 @@ def answers(folder: Path, prompts: list[str], *, samples: int, temperature: floa
         keys=[(Stream.EVALUATION, i, k) for i, k in rows],
         slots=512,
     )
-    right = rewards.arithmetic([prompts[i] for i, _ in rows], rewards.texts(encoding, given)[1])
+    right = reward_functions.arithmetic([prompts[i] for i, _ in rows], reward_functions.texts(encoding, given)[1])
     return np.array(right).reshape(len(prompts), samples)
 
 

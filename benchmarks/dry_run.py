@@ -3,7 +3,7 @@
     python benchmarks/dry_run.py RUN            # a finished run of the demo, which is only read
 
 Some steps of every stage of the demo, one thread, CPU seconds on both sides, so that other processes do not count. The
-ratio is what `dry_run.ALL_ELSE` stands for. PPO's responses are planned as long as they may be and end earlier.
+ratio is what `plan.ALL_ELSE` stands for. PPO's responses are planned as long as they may be and end earlier.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import dry_run
+from minirlhf.runs import plan as planning
 
 
 def cases(run: Path, own: Path) -> list[tuple[Any, dict[str, Any]]]:
@@ -43,11 +43,11 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    dry_run.time = SimpleNamespace(perf_counter=time.process_time)
+    planning.time = SimpleNamespace(perf_counter=time.process_time)
     planned: list[float] = []
-    dry_run.show = lambda plan, config, *, device, dtype: planned.append(
-        dry_run.operations(plan, config)
-        / dry_run.matrix_rate(plan.trained[0], dry_run.micro_batch(plan, config, device), device, dtype)
+    planning.show_plan = lambda plan, config, *, device, dtype: planned.append(
+        planning.operations(plan, config)
+        / planning.matrix_rate(plan.trained[0], planning.micro_batch(plan, config, device), device, dtype)
     )
     with tempfile.TemporaryDirectory() as folder:
         for script, changes in cases(given.run, Path(folder)):
@@ -57,7 +57,7 @@ def main() -> None:
             script.main(replace(config, dry_run=True))  # reading the data, and the measurement
             middle = time.process_time()
             script.main(config)
-            seconds = time.process_time() - middle - (middle - began - dry_run.SECONDS)
+            seconds = time.process_time() - middle - (middle - began - planning.SECONDS)
             print(f"{script.__name__}: planned {planned[-1]:.1f} s, took {seconds:.1f} s: {seconds / planned[-1]:.2f}")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from minirlhf import data
+from minirlhf.encode import Record
 
 FILES = {
     "helpful": ("hh-helpful-base.train.jsonl.gz", "hh-helpful-base.test.jsonl.gz"),
@@ -17,7 +18,7 @@ FILES = {
 FOLDS = 5
 
 
-def read_pairs(folder: Path) -> dict[str, list[data.Record]]:
+def read_pairs(folder: Path) -> dict[str, list[Record]]:
     """All pairs of each kind that the reader keeps."""
     return {
         kind: [record for name in names for record in data.load(folder / "preference" / name, "pairs")]
@@ -25,7 +26,7 @@ def read_pairs(folder: Path) -> dict[str, list[data.Record]]:
     }
 
 
-def first_turn(record: data.Record) -> str:
+def first_turn(record: Record) -> str:
     """The first thing that the human says."""
     return record["prompt"].split("\n\nAssistant:")[0].strip()
 

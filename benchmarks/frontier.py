@@ -29,7 +29,8 @@ from real import circumstances
 import train_dpo
 import train_ppo
 import train_sft
-from minirlhf import evaluate, online_dpo, rejection
+from minirlhf import online_dpo, rejection
+from minirlhf.evaluate import evaluation
 from minirlhf.model import GPT
 from minirlhf.trials import Trial, run_trials
 
@@ -62,13 +63,13 @@ def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"points": [measure(known, str(settings["beta"]), train(folder, settings))]}
 
 
-def measure(known: evaluate.Evaluator, strength: str, model: Path) -> dict[str, Any]:
+def measure(known: evaluation.Evaluator, strength: str, model: Path) -> dict[str, Any]:
     """One answer of the model to each held-out prompt."""
     answers = known.measure(known.sample(GPT.from_pretrained(model).eval().requires_grad_(False)))
     return point(strength, answers.kl, answers.parts, reward=answers.reward, length=answers.lengths)
 
 
-def best_of_n(known: evaluate.Evaluator, samples: int) -> list[dict[str, Any]]:
+def best_of_n(known: evaluation.Evaluator, samples: int) -> list[dict[str, Any]]:
     """n = 1 (the SFT model), 2, 4, ... up to `samples`, all from one set of samples."""
     drawn = held_out.draw(known, samples)
     scores = drawn.scores(known.reward_model)
@@ -76,13 +77,13 @@ def best_of_n(known: evaluate.Evaluator, samples: int) -> list[dict[str, Any]]:
     for n in drawn.sizes:
         parts = np.stack([drawn.best_of(n, scores, values) for values in drawn.parts.T], axis=1)
         more = {name: drawn.best_of(n, scores, x) for name, x in (("reward", scores), ("length", drawn.lengths))}
-        found.append(point(str(n), np.array([evaluate.best_of_n_kl(n)]), parts, **more))
+        found.append(point(str(n), np.array([evaluation.best_of_n_kl(n)]), parts, **more))
     return found
 
 
 def point(strength: str, kl: np.ndarray, parts: np.ndarray, **more: np.ndarray) -> dict[str, Any]:
     """KL (P,) or known, (1,); the judge (P, 4); means of the judge's parts and of what else there is."""
-    means = {name: values for name, values in zip(evaluate.PARTS[1:], parts[:, 1:].T, strict=True)}
+    means = {name: values for name, values in zip(evaluation.PARTS[1:], parts[:, 1:].T, strict=True)}
     return {
         "strength": strength,
         "kl": np.round(kl.astype(float), 4).tolist(),

@@ -39,8 +39,9 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import data, tokenizer
-from minirlhf.metrics import read_rows
+from minirlhf.files import write_records
 from minirlhf.model import GPT, GPTConfig
+from minirlhf.runs.log import read_rows
 from minirlhf.runtime import project_file
 
 SHAPES = {  # the released gpt2, and one that CI has time for
@@ -85,11 +86,11 @@ def sentiment(source: Path, folder: Path) -> Recipe:
     pairs = [sorted(two, key=lambda r: -r["rating"]) for two in zip(records[::2], records[1::2], strict=False)]
     clear = [(better, worse) for better, worse in pairs if better["rating"] > worse["rating"]]
     starts = [" ".join(record["response"].split()[:4]) for record in records]
-    data.write_records(
+    write_records(
         folder / "pairs.jsonl",
         [{"prompt": "", "chosen": better["response"], "rejected": worse["response"]} for better, worse in clear],
     )
-    data.write_records(folder / "prompts.jsonl", [{"prompt": start} for start in starts])
+    write_records(folder / "prompts.jsonl", [{"prompt": start} for start in starts])
     return Recipe(texts, folder / "pairs.jsonl", folder / "prompts.jsonl")
 
 
@@ -98,7 +99,7 @@ def stand_ins(folder: Path) -> Path:
     path = project_file("world", "demonstrations.train.jsonl")
     records = data.load(path, "demonstrations", split="[:40]")
     pairs = [{"chosen": r["prompt"] + r["response"], "rejected": r["prompt"] + " No."} for r in records]
-    data.write_records(folder / "preference" / "hh-helpful-base.train.jsonl.gz", pairs)  # read by content: not packed
+    write_records(folder / "preference" / "hh-helpful-base.train.jsonl.gz", pairs)  # read by content: not packed
     lines = [f"{i}\t{i % 7 - 3}\t{r['response'].strip()} ({i})\n" for i, r in enumerate(records)]
     (folder / "sentiment").mkdir()
     (folder / "sentiment" / "movie-snippets-rated.tsv").write_text("".join(lines), encoding="utf-8")

@@ -8,29 +8,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from minirlhf import data, evaluate, tokenizer
-from minirlhf.feedback.collect import response_text
+from minirlhf import data, tokenizer
+from minirlhf.batch import Batch
+from minirlhf.evaluate import evaluation
 from minirlhf.model import GPT
 from minirlhf.rejection import best_of_n_mean
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import project_file
+from minirlhf.tokenizer import response_text
 
 MICRO_BATCH_TOKENS = 8192
 
 
 def evaluator(
     run: Path, prompts: int, seed: int, *, reward_model: torch.nn.Module | None = None, part: str = "test"
-) -> evaluate.Evaluator:
+) -> evaluation.Evaluator:
     """A run's models on the first `prompts` of a part of the world, by its reward model or another."""
     file = project_file("world", f"prompts.{part}.jsonl")
-    config = evaluate.Config(run=run, prompts=file, max_prompts=prompts, seed=seed, device="cpu")
+    config = evaluation.Config(run=run, prompts=file, max_prompts=prompts, seed=seed, device="cpu")
     texts = [record["prompt"] for record in data.load(file, "prompts")][:prompts]
     sft = GPT.from_pretrained(run / "sft" / "model").eval().requires_grad_(False)
     if reward_model is None:
         reward_model = RewardModel.from_pretrained(run / "reward" / "model").eval().requires_grad_(False)
     encoding = tokenizer.load(run / "sft" / "model")
-    return evaluate.Evaluator(sft, reward_model, encoding, texts, config, evaluate.judge_parts)
+    return evaluation.Evaluator(sft, reward_model, encoding, texts, config, evaluation.judge_parts)
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,7 @@ class Drawn:
     parts  (U, 4) the judge's total, helpful, honest, harmless
     """
 
-    batch: data.Batch
+    batch: Batch
     place: np.ndarray
     parts: np.ndarray
 
@@ -74,15 +76,15 @@ class Drawn:
         """What `save` wrote."""
         kept = np.load(file, allow_pickle=False)
         rows = (torch.from_numpy(kept[name]) for name in ("tokens", "prompt_lengths", "lengths"))
-        return cls(data.Batch(*rows), kept["place"], kept["parts"])
+        return cls(Batch(*rows), kept["place"], kept["parts"])
 
 
-def draw(known: evaluate.Evaluator, count: int) -> Drawn:
+def draw(known: evaluation.Evaluator, count: int) -> Drawn:
     """`count` answers of the SFT model to each held-out prompt."""
     samples = known.sample(known.sft, candidates=count)
     _, first, place = np.unique(samples.tokens.numpy(), axis=0, return_index=True, return_inverse=True)
     rows = torch.from_numpy(first)
-    batch = data.Batch(samples.tokens[rows], samples.prompt_lengths[rows], samples.lengths[rows])
+    batch = Batch(samples.tokens[rows], samples.prompt_lengths[rows], samples.lengths[rows])
     texts = [response_text(known.encoding, ids) for ids in batch.response_ids()]
     asked = [known.prompts[row // count] for row in first.tolist()]
     parts = [known.judge_parts(prompt, text) for prompt, text in zip(asked, texts, strict=True)]

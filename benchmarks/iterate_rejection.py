@@ -26,8 +26,9 @@ import numpy as np
 import torch
 
 import train_sft
-from minirlhf import data, evaluate, rejection, tokenizer
-from minirlhf.bootstrap import bootstrap_interval
+from minirlhf import data, rejection, tokenizer
+from minirlhf.evaluate import evaluation
+from minirlhf.evaluate.bootstrap import bootstrap_interval
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 from minirlhf.trials import Trial, run_trials
@@ -49,14 +50,14 @@ FIELDS = (
 )
 
 
-def held_out(run: Path, prompts: int, seed: int) -> evaluate.Evaluator:
+def held_out(run: Path, prompts: int, seed: int) -> evaluation.Evaluator:
     """The evaluation of a run on the first `prompts` held-out prompts."""
-    config = evaluate.Config(run=run, max_prompts=prompts, seed=seed)
+    config = evaluation.Config(run=run, max_prompts=prompts, seed=seed)
     texts = [record["prompt"] for record in data.load(config.prompts, "prompts")][:prompts]
     sft = GPT.from_pretrained(run / "sft" / "model").eval().requires_grad_(False)
     reward_model = RewardModel.from_pretrained(run / "reward" / "model").eval().requires_grad_(False)
     encoding = tokenizer.load(run / "sft" / "model")
-    return evaluate.Evaluator(sft, reward_model, encoding, texts, config, evaluate.judge_parts)
+    return evaluation.Evaluator(sft, reward_model, encoding, texts, config, evaluation.judge_parts)
 
 
 def iterate(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

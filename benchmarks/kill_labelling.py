@@ -22,9 +22,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from minirlhf import data
 from minirlhf.feedback import label
 from minirlhf.feedback.label_file import LabelFile
+from minirlhf.files import write_records
 
 DRAWN = b"\x1b[2J"  # each screen begins by clearing it
 KEYS = "1212121212tbsu"
@@ -112,7 +112,7 @@ def kill_once(config: label.Config, *, stream: random.Random, command: bool) -> 
 
 def write_candidates(path: Path, prompts: int) -> None:
     """Answers to compare."""
-    data.write_records(
+    write_records(
         path, [{"prompt": f"Question {i}?", "responses": [f" Yes {i}.", f" No {i}."]} for i in range(prompts)]
     )
 

@@ -41,9 +41,10 @@ import train_dpo  # noqa: E402
 import train_ppo  # noqa: E402
 import train_reward  # noqa: E402
 import train_sft  # noqa: E402
-from minirlhf import checkpoint  # noqa: E402
 from minirlhf.feedback import __main__ as feedback  # noqa: E402
-from minirlhf.metrics import file_hash, versions  # noqa: E402
+from minirlhf.files import file_hash  # noqa: E402
+from minirlhf.runs import checkpoint  # noqa: E402
+from minirlhf.runs.log import versions  # noqa: E402
 
 STAGES = {"sft": train_sft, "feedback": feedback, "reward": train_reward, "ppo": train_ppo, "dpo": train_dpo}
 NEEDS = {"sft": (), "feedback": ("sft",), "reward": ("sft", "feedback"), "ppo": ("sft", "reward")}

@@ -32,7 +32,7 @@ import numpy as np
 from real import circumstances
 
 import train_reward
-from minirlhf import data, evaluate, tokenizer
+from minirlhf import data, tokenizer
 from minirlhf.feedback import simulated
 from minirlhf.feedback.tasks import Mode
 from minirlhf.model import GPT
@@ -76,12 +76,12 @@ def cases(counts: tuple[int, ...], noises: tuple[float, ...], prompts: tuple[int
 
 def agreement(run: Path, reward_model: Path, prompts: int, seed: int) -> dict[str, float]:
     """How often a reward model orders four answers of the run's SFT model to held-out prompts as the judge does."""
-    config = evaluate.Config(run=run, max_prompts=prompts, seed=seed, device="cpu")
+    config = run.Config(run=run, max_prompts=prompts, seed=seed, device="cpu")
     texts = [record["prompt"] for record in data.load(config.prompts, "prompts")][:prompts]
     folder = run / "sft" / "model"
     sft = GPT.from_pretrained(folder).eval().requires_grad_(False)
     model = RewardModel.from_pretrained(reward_model).eval().requires_grad_(False)
-    evaluator = evaluate.Evaluator(sft, model, tokenizer.load(folder), texts, config, evaluate.judge_parts)
+    evaluator = run.Evaluator(sft, model, tokenizer.load(folder), texts, config, run.judge_parts)
     samples = evaluator.sample(sft, candidates=4)
     return evaluator.agreement(samples, evaluator.reward(samples), candidates=4)
 

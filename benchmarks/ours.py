@@ -11,7 +11,8 @@ import workloads
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts, where they are not installed
 
-from minirlhf import data
+from minirlhf.batch import Example
+from minirlhf.comparisons import Comparison
 from minirlhf.model import GPT, GPTConfig
 
 LEARNING_RATE = 1e-5  # the peers' too
@@ -23,13 +24,10 @@ def model(size: workloads.Size) -> GPT:
     return GPT(config, seed=0)
 
 
-def comparisons(size: workloads.Size) -> list[list[data.Comparison]]:
+def comparisons(size: workloads.Size) -> list[list[Comparison]]:
     """Every batch of pairs as comparisons, as the readers make them."""
     return [
-        [
-            data.Comparison([data.Example(p.prompt, p.chosen), data.Example(p.prompt, p.rejected)], [(0, 1)])
-            for p in batch
-        ]
+        [Comparison([Example(p.prompt, p.chosen), Example(p.prompt, p.rejected)], [(0, 1)]) for p in batch]
         for batch in workloads.pair_batches(size)
     ]
 

@@ -35,11 +35,10 @@ from real import circumstances
 
 import train_ppo
 import train_reward
-from minirlhf import evaluate
-from minirlhf.ensemble import RewardEnsemble
+from minirlhf.evaluate import evaluation
 from minirlhf.feedback import simulated
 from minirlhf.model import GPT
-from minirlhf.reward import RewardModel
+from minirlhf.reward import RewardEnsemble, RewardModel
 from minirlhf.trials import Trial, run_trials
 
 SIZES = ("prompts", "samples", "reward_steps", "iterations", "every", "beta", "learning_rate")
@@ -86,7 +85,7 @@ def best_of_n(drawn: held_out.Drawn, proxy: torch.nn.Module) -> dict[str, Any]:
         for what, values in (("proxy", scores), ("gold", drawn.parts[:, 0]))
     }
     found["length"] = [round(float(drawn.best_of(n, scores, drawn.lengths).mean()), 2) for n in drawn.sizes]
-    return {"n": drawn.sizes, "kl": [[evaluate.best_of_n_kl(n)] for n in drawn.sizes], **found}
+    return {"n": drawn.sizes, "kl": [[evaluation.best_of_n_kl(n)] for n in drawn.sizes], **found}
 
 
 # -------------------------------------------------------------------------------------------------- one proxy a trial
@@ -142,7 +141,7 @@ def train(folder: Path, labels: Path, run: Path, settings: Mapping[str, Any], *,
 
 
 def trace(
-    folder: Path, proxies: list[Path], evaluator: evaluate.Evaluator, settings: Mapping[str, Any]
+    folder: Path, proxies: list[Path], evaluator: evaluation.Evaluator, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """PPO against the proxy, measured before it, after each of the first iterations, and now and then."""
     rows: dict[str, list] = {name: [] for name in ("iteration", "kl", "proxy", "gold", *PARTS, "length", "answer")}

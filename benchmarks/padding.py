@@ -33,6 +33,8 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import data, tokenizer
+from minirlhf.batch import batch_indices
+from minirlhf.encode import encode_comparisons, encode_demonstrations
 
 CONTEXT = 1024  # of GPT-2
 PRESETS = {"sft": train_sft.PRESETS, "reward": train_reward.PRESETS, "dpo": train_dpo.PRESETS, "ppo": train_ppo.PRESETS}
@@ -47,8 +49,8 @@ def encoded(folder: Path, limit: int | None) -> dict[str, list[Any]]:
         part = f"[:{limit}]" if limit else ""
         demonstrations = data.load(file, "demonstrations", split=part)
         pairs = data.load(file, "pairs", split=part)
-        result["demonstrations"] += data.encode_demonstrations(encoding, demonstrations, max_length=CONTEXT)
-        result["comparisons"] += data.encode_comparisons(encoding, pairs, max_length=CONTEXT)
+        result["demonstrations"] += encode_demonstrations(encoding, demonstrations, max_length=CONTEXT)
+        result["comparisons"] += encode_comparisons(encoding, pairs, max_length=CONTEXT)
     return result
 
 
@@ -64,8 +66,8 @@ def micro_batches(stage: str, preset: Any, lengths: torch.Tensor) -> Iterator[to
     """The lengths of the rows of every micro-batch of an epoch; PPO's are those of its minibatches."""
     batch = preset.rollout_size // preset.minibatches if stage == "ppo" else preset.batch_size
     for step in range(len(lengths) // batch):
-        own = lengths[data.batch_indices(len(lengths), batch, seed=0, step=step)]
-        for part in data.micro_batches(own, preset.micro_batch_tokens):
+        own = lengths[batch_indices(len(lengths), batch, seed=0, step=step)]
+        for part in batch.micro_batches(own, preset.micro_batch_tokens):
             yield own[part]
 
 

@@ -33,7 +33,11 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, evaluate, tokenizer
+from minirlhf import data, tokenizer
+from minirlhf.batch import permutation
+from minirlhf.encode import Record, encode_comparisons
+from minirlhf.evaluate import evaluation
+from minirlhf.files import write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 
@@ -66,14 +70,14 @@ class Settings:
 SMOKE = Settings(180, 40, 400, 1, 32, 1.0, 1.0, 1.0, 1.0, 0.1, 2, 0.1, 1)
 
 
-def divide(records: Sequence[data.Record], seed: int) -> dict[str, list[data.Record]]:
+def divide(records: Sequence[Record], seed: int) -> dict[str, list[Record]]:
     """The pairs of each part; all pairs of a prompt fall into the same fold."""
     prompts = sorted({record["prompt"] for record in records})
-    fold = {prompts[i]: place % FOLDS for place, i in enumerate(data.permutation(len(prompts), seed))}
+    fold = {prompts[i]: place % FOLDS for place, i in enumerate(permutation(len(prompts), seed))}
     return {name: [r for r in records if fold[r["prompt"]] in folds] for name, folds in PARTS.items()}
 
 
-def last_exchange(record: data.Record) -> str:
+def last_exchange(record: Record) -> str:
     """The last question of a dialogue with its answer, as one text."""
     start = record["prompt"].rfind("\n\nHuman:")
     return record["prompt"][start:] + record["response"]
@@ -84,14 +88,14 @@ def prepare(work: Path, settings: Settings) -> None:
     folder = real.data_folder() / "preference"
     dialogues = data.load(folder / "hh-helpful-base.train.jsonl.gz", "demonstrations")[: settings.dialogues]
     texts = [last_exchange(record) for record in dialogues]
-    data.write_records(work / "dialogues.jsonl", [{"prompt": "", "response": text} for text in texts])
+    write_records(work / "dialogues.jsonl", [{"prompt": "", "response": text} for text in texts])
     records = data.load(folder / "polite-instructions.json", "pairs")[: settings.pairs]
     parts = divide(records, settings.seed)
     for name, pairs in parts.items():
         sides = {side: [{"prompt": r["prompt"], "response": r[side]} for r in pairs] for side in ("chosen", "rejected")}
-        data.write_records(work / f"{name}.pairs.jsonl", pairs)
-        data.write_records(work / f"{name}.both.jsonl", sides["chosen"] + sides["rejected"])
-        data.write_records(work / f"{name}.chosen.jsonl", sides["chosen"])
+        write_records(work / f"{name}.pairs.jsonl", pairs)
+        write_records(work / f"{name}.both.jsonl", sides["chosen"] + sides["rejected"])
+        write_records(work / f"{name}.chosen.jsonl", sides["chosen"])
     training = [r["prompt"] + r[side] for r in parts["train"] for side in ("chosen", "rejected")]
     real.vocabulary(texts + training, settings.vocabulary, work / "vocabulary")
 
@@ -164,7 +168,7 @@ def pair_accuracy(model: RewardModel, work: Path) -> dict[str, float]:
     """How often the model prefers the chosen side of the pairs of the evaluation folds."""
     encoding = tokenizer.load(work / "sft" / "model")
     records = data.load(work / "test.pairs.jsonl", "pairs")
-    pairs = data.encode_comparisons(encoding, records, max_length=model.gpt.config.n_positions)
+    pairs = encode_comparisons(encoding, records, max_length=model.gpt.config.n_positions)
     found = train_reward.held_out(model, pairs, torch.device("cpu"), max_tokens=8192)
     return {"share": float(found["validation_accuracy"]), "pairs": len(pairs)}
 
@@ -179,10 +183,10 @@ def measure(work: Path, settings: Settings) -> dict:
     encoding = tokenizer.load(work / "sft" / "model")
     folders = {"sft": work / "sft", "sft-chosen": work / "sft-chosen" / "sft", "dpo": work / "dpo", "ppo": work / "ppo"}
     models = {name: GPT.from_pretrained(f / "model").eval().requires_grad_(False) for name, f in folders.items()}
-    config = evaluate.Config(run=work, max_new_tokens=NEW_TOKENS, seed=settings.seed)
+    config = evaluation.Config(run=work, max_new_tokens=NEW_TOKENS, seed=settings.seed)
     # One prompt in the evaluator for each answer: it measures one answer a prompt.
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
-    evaluator = evaluate.Evaluator(models["sft"], judge, encoding, repeated, config, no_rules)
+    evaluator = evaluation.Evaluator(models["sft"], judge, encoding, repeated, config, no_rules)
     answers = {name: evaluator.measure(evaluator.sample(model)) for name, model in models.items()}
     result = {name: summarise(a, answers["sft"], settings) for name, a in answers.items()}
     for name, row in result.items():
@@ -193,16 +197,16 @@ def measure(work: Path, settings: Settings) -> dict:
     return {"prompts": len(prompts), "pair_accuracy": agreement, "models": result}
 
 
-def summarise(answers: evaluate.Answers, baseline: evaluate.Answers, settings: Settings) -> dict:
+def summarise(answers: evaluation.Answers, baseline: evaluation.Answers, settings: Settings) -> dict:
     """Win rate against the baseline, the judge's score, KL and lengths; intervals over prompts, not answers."""
 
     def by_prompt(values: np.ndarray) -> np.ndarray:
         return values.reshape(-1, settings.samples).mean(axis=1)
 
-    won, scores = by_prompt(evaluate.wins(answers.reward, baseline.reward)), by_prompt(answers.reward)
+    won, scores = by_prompt(evaluation.wins(answers.reward, baseline.reward)), by_prompt(answers.reward)
     return {
-        "win_rate": {"mean": float(won.mean()), "interval": evaluate.bootstrap_interval(won, seed=settings.seed)},
-        "judge": {"mean": float(scores.mean()), "interval": evaluate.bootstrap_interval(scores, seed=settings.seed)},
+        "win_rate": {"mean": float(won.mean()), "interval": evaluation.bootstrap_interval(won, seed=settings.seed)},
+        "judge": {"mean": float(scores.mean()), "interval": evaluation.bootstrap_interval(scores, seed=settings.seed)},
         "kl": float(answers.kl.mean()),
         "length": float(answers.lengths.mean()),
         "eos_rate": float(answers.finished.mean()),

@@ -28,11 +28,13 @@ from folds import FILES, FOLDS, first_turn, fold_of, read_pairs
 from reward_recipe import RECIPES, Config, comparisons, margins, resolved, settings, train, train_trunk
 from torch import Tensor
 
-from minirlhf import data, tokenizer
-from minirlhf.runtime import UserError, run_script
+from minirlhf import tokenizer
+from minirlhf.config import run_script
+from minirlhf.encode import Record
+from minirlhf.runtime import UserError
 
 
-def encoding_of(kind: str, records: dict[str, list[data.Record]], config: Config) -> tiktoken.Encoding:
+def encoding_of(kind: str, records: dict[str, list[Record]], config: Config) -> tiktoken.Encoding:
     """The vocabulary for a kind of pairs."""
     kinds = RECIPES[kind].texts
     texts = [r[side] for other in kinds for r in records[other] for side in ("prompt", "chosen", "rejected")]
@@ -42,7 +44,7 @@ def encoding_of(kind: str, records: dict[str, list[data.Record]], config: Config
 
 # ---------------------------------------------------------------------------------------------------- cross-validation
 def held_out_margins(
-    encoding: tiktoken.Encoding, known: list[data.Record], held_out: list[data.Record], config: Config, fold: int
+    encoding: tiktoken.Encoding, known: list[Record], held_out: list[Record], config: Config, fold: int
 ) -> dict[str, list[list[float]]]:
     """Margins of the held-out pairs by each member, trained on the known ones alone."""
     training, judged = (comparisons(encoding, records, config.prompt_tokens) for records in (known, held_out))
@@ -67,7 +69,7 @@ def kept(path: Path, made_with: dict[str, object], make: Callable[[], dict[str, 
 
 
 def cross_validate(
-    kind: str, records: list[data.Record], folds: Tensor, encoding: tiktoken.Encoding, config: Config
+    kind: str, records: list[Record], folds: Tensor, encoding: tiktoken.Encoding, config: Config
 ) -> Tensor:
     """(members, N) margins of all pairs, those of each fold by models trained on the others; nan in folds left out."""
     found = torch.full((config.members, len(records)), torch.nan)
@@ -88,9 +90,7 @@ def fit_linear(pairs: Sequence[linear.Pair], turns: Sequence[str], folds: Tensor
 
 
 # ------------------------------------------------------------------------------------------------------------- results
-def one_kind(
-    kind: str, every: dict[str, list[data.Record]], folds: dict[str, int], config: Config
-) -> dict[str, object]:
+def one_kind(kind: str, every: dict[str, list[Record]], folds: dict[str, int], config: Config) -> dict[str, object]:
     """Cross-validate both models on one kind of pairs: the result over all folds held out, and each fold's."""
     records, encoding = every[kind], encoding_of(kind, every, config)
     turns = [first_turn(r) for r in records]

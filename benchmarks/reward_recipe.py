@@ -18,7 +18,9 @@ from torch import Tensor
 
 import train_reward
 import train_sft
-from minirlhf import data
+from minirlhf.batch import Example, batch_indices, pad, steps_per_epoch
+from minirlhf.comparisons import Comparison
+from minirlhf.encode import Record, encode_example
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw, linear_schedule, set_learning_rate
 from minirlhf.reward import RewardModel
@@ -116,19 +118,16 @@ def settings(config: Config) -> dict[str, object]:
     return {k: v for k, v in dataclasses.asdict(config).items() if k not in ("kinds", "folds", "work", "out")}
 
 
-def comparisons(
-    encoding: tiktoken.Encoding, records: Sequence[data.Record], prompt_tokens: int
-) -> list[data.Comparison]:
+def comparisons(encoding: tiktoken.Encoding, records: Sequence[Record], prompt_tokens: int) -> list[Comparison]:
     """One comparison a record, with the last tokens of its prompt."""
 
-    def example(prompt: str, response: str) -> data.Example:
-        whole = data.encode_example(encoding, prompt, response, max_length=sys.maxsize)
+    def example(prompt: str, response: str) -> Example:
+        whole = encode_example(encoding, prompt, response, max_length=sys.maxsize)
         *ids, eos = whole.response_ids
-        return data.Example(whole.prompt_ids[-prompt_tokens:], [*ids[: LONGEST - 1], eos])
+        return Example(whole.prompt_ids[-prompt_tokens:], [*ids[: LONGEST - 1], eos])
 
     return [
-        data.Comparison([example(r["prompt"], r["chosen"]), example(r["prompt"], r["rejected"])], [(0, 1)])
-        for r in records
+        Comparison([example(r["prompt"], r["chosen"]), example(r["prompt"], r["rejected"])], [(0, 1)]) for r in records
     ]
 
 
@@ -144,16 +143,16 @@ def rescale(gpt: GPT, *, position_scale: float) -> None:
     gpt.wpe.weight.mul_(position_scale)
 
 
-def trunk_rows(encoding: tiktoken.Encoding, records: Sequence[data.Record], config: Config) -> list[data.Example]:
+def trunk_rows(encoding: tiktoken.Encoding, records: Sequence[Record], config: Config) -> list[Example]:
     """What a trunk is trained on: chosen responses after their prompts, or every token of both sides."""
     if config.trunk == "sft":
         return [c.examples[0] for c in comparisons(encoding, records, config.prompt_tokens)]
     wide = [e for c in comparisons(encoding, records, CONTEXT) for e in c.examples]
     rows = [[*e.prompt_ids, *e.response_ids][-TEXT_ROW:] for e in wide]
-    return [data.Example(row[:1], row[1:]) for row in rows]
+    return [Example(row[:1], row[1:]) for row in rows]
 
 
-def train_trunk(encoding: tiktoken.Encoding, records: Sequence[data.Record], config: Config, seed: int) -> GPT:
+def train_trunk(encoding: tiktoken.Encoding, records: Sequence[Record], config: Config, seed: int) -> GPT:
     """A trunk with random weights, or one trained as a language model on the training folds."""
     shape = GPTConfig(encoding.n_vocab, CONTEXT, config.n_layer, 4, config.n_embd, eos_token_id=encoding.eot_token)
     gpt = GPT(shape, seed=seed)
@@ -162,33 +161,33 @@ def train_trunk(encoding: tiktoken.Encoding, records: Sequence[data.Record], con
         return gpt
     rows = trunk_rows(encoding, records, config)
     state = train_sft.State(gpt, adamw(gpt, learning_rate=config.trunk_learning_rate, weight_decay=config.weight_decay))
-    steps = round(config.trunk_epochs * data.steps_per_epoch(len(rows), config.batch_size))
+    steps = round(config.trunk_epochs * steps_per_epoch(len(rows), config.batch_size))
     for step in range(steps):
         set_learning_rate(state.optimizer, config.trunk_learning_rate * linear_schedule(step, steps, warmup_steps=20))
-        batch = data.pad([rows[i] for i in data.batch_indices(len(rows), config.batch_size, seed=seed, step=step)])
+        batch = pad([rows[i] for i in batch_indices(len(rows), config.batch_size, seed=seed, step=step)])
         train_sft.train_step(state, batch, micro_batch_tokens=MICRO_BATCH_TOKENS, max_grad_norm=1.0)
     return gpt
 
 
-def drop_tokens(comparison: data.Comparison, share: float, generator: random.Random) -> data.Comparison:
+def drop_tokens(comparison: Comparison, share: float, generator: random.Random) -> Comparison:
     """The comparison with each token of its responses left out with probability `share`; their EOS stays."""
 
-    def thinned(example: data.Example) -> data.Example:
+    def thinned(example: Example) -> Example:
         *ids, eos = example.response_ids
         return dataclasses.replace(example, response_ids=[*(i for i in ids if generator.random() >= share), eos])
 
     return dataclasses.replace(comparison, examples=[thinned(e) for e in comparison.examples])
 
 
-def train(gpt: GPT, pairs: Sequence[data.Comparison], config: Config, seed: int) -> RewardModel:
+def train(gpt: GPT, pairs: Sequence[Comparison], config: Config, seed: int) -> RewardModel:
     """A reward model on a copy of the trunk, trained on the pairs."""
     model = RewardModel.from_gpt(gpt, generator=torch.Generator().manual_seed(seed))
     optimizer = adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     state, generator = train_reward.State(model, optimizer), random.Random(seed)
-    steps = round(config.epochs * data.steps_per_epoch(len(pairs), config.batch_size))
+    steps = round(config.epochs * steps_per_epoch(len(pairs), config.batch_size))
     for step in range(steps):
         set_learning_rate(optimizer, config.learning_rate * linear_schedule(step, steps, warmup_steps=10))
-        rows = data.batch_indices(len(pairs), config.batch_size, seed=seed, step=step)
+        rows = batch_indices(len(pairs), config.batch_size, seed=seed, step=step)
         train_reward.train_step(
             state,
             [drop_tokens(pairs[i], config.token_dropout, generator) for i in rows],
@@ -200,8 +199,8 @@ def train(gpt: GPT, pairs: Sequence[data.Comparison], config: Config, seed: int)
 
 
 @torch.no_grad()
-def margins(model: RewardModel, pairs: Sequence[data.Comparison]) -> Tensor:
+def margins(model: RewardModel, pairs: Sequence[Comparison]) -> Tensor:
     """(N,) score of the chosen less score of the rejected response."""
-    batch = data.pad([e for c in pairs for e in c.examples])
+    batch = pad([e for c in pairs for e in c.examples])
     scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), batch, MICRO_BATCH_TOKENS)
     return scores[0::2] - scores[1::2]

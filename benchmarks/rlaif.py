@@ -28,10 +28,12 @@ from real import circumstances
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, evaluate, tokenizer
+from minirlhf import data, tokenizer
+from minirlhf.encode import split_by_prompt
 from minirlhf.feedback import judge_model, pairs
 from minirlhf.feedback.agreement import Share, order_bias
 from minirlhf.feedback.labels import Label, read_labels
+from minirlhf.files import write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 from minirlhf.world import judge
@@ -59,10 +61,10 @@ class Settings:
 def divide(settings: Settings) -> tuple[Path, Path]:
     """The run's rankings as two files without a prompt in common: for the judge to learn from, and to label."""
     records = data.load(settings.run / "feedback" / "rankings.jsonl", "pairs")
-    sides = data.split_by_prompt(records, share=0.5, seed=settings.seed)
+    sides = split_by_prompt(records, share=0.5, seed=settings.seed)
     files = settings.work / "worked.jsonl", settings.work / "people.jsonl"
     for file, side in zip(files, sides, strict=True):
-        data.write_records(file, side)
+        write_records(file, side)
     return files
 
 
@@ -158,11 +160,11 @@ def learn(settings: Settings, name: str, comparisons: Path) -> dict:
             device="cpu",
         )
     )
-    config = evaluate.Config(run=run, max_prompts=settings.prompts, seed=settings.seed, device="cpu")
+    config = run.Config(run=run, max_prompts=settings.prompts, seed=settings.seed, device="cpu")
     prompts = [record["prompt"] for record in data.load(config.prompts, "prompts")][: settings.prompts]
     sft, ppo = (GPT.from_pretrained(folder).eval().requires_grad_(False) for folder in (settings.sft, policy))
     model = RewardModel.from_pretrained(reward).eval().requires_grad_(False)
-    evaluator = evaluate.Evaluator(sft, model, tokenizer.load(settings.sft), prompts, config, evaluate.judge_parts)
+    evaluator = run.Evaluator(sft, model, tokenizer.load(settings.sft), prompts, config, run.judge_parts)
     samples = evaluator.sample(sft, candidates=4)
     baseline = evaluator.measure(samples.rows(torch.arange(0, len(samples), 4)))
     return {

@@ -35,8 +35,12 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, evaluate, tokenizer
+from minirlhf import data, tokenizer
+from minirlhf.batch import permutation
+from minirlhf.encode import Record
+from minirlhf.evaluate import evaluation
 from minirlhf.feedback.collect import collect
+from minirlhf.files import write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 
@@ -72,21 +76,21 @@ class Settings:
 SMOKE = Settings(300, 40, 100, 1, 400, 1, 32, 1.0, 2, 1.0, 2, (0.1,), 1.0, (0.5,), 0.5, (0.5,), (2,))
 
 
-def prepare(work: Path, settings: Settings) -> tuple[list[data.Record], list[data.Record]]:
+def prepare(work: Path, settings: Settings) -> tuple[list[Record], list[Record]]:
     """Write the files of the run; returns the rated snippets of the language model's part and of the test part."""
     source = real.data_folder() / "sentiment" / "movie-snippets-rated.tsv"
     records = data.load(source, "demonstrations")
-    records = [records[i] for i in data.permutation(len(records), settings.seed)][: settings.snippets]
+    records = [records[i] for i in permutation(len(records), settings.seed)][: settings.snippets]
     held = settings.test + settings.openings
     test, prompts, language = records[: settings.test], records[settings.test : held], records[held:]
     texts = [record["response"] for record in language]
     encoding = tokenizer.load(real.vocabulary(texts, settings.vocabulary, work / "vocabulary"))
     pairs = [pair for text in texts if (pair := cut(encoding, text, 2))]
     demonstrations = [{"prompt": prompt, "response": rest} for prompt, rest in pairs]
-    data.write_records(work / "demonstrations.jsonl", demonstrations)
+    write_records(work / "demonstrations.jsonl", demonstrations)
     for name, part, cuts in (("train", prompts, settings.cuts), ("test", test, 1)):
         found = openings(encoding, [record["response"] for record in part], cuts=cuts, seed=settings.seed)
-        data.write_records(work / f"prompts.{name}.jsonl", found)
+        write_records(work / f"prompts.{name}.jsonl", found)
     return language, test
 
 
@@ -113,7 +117,7 @@ def pair(
         if scores[ends[0]] > scores[ends[1]]:
             sides = {key: [record[key][i] for i in ends] for key in ("responses", "response_ids")}
             pairs.append({"prompt": record["prompt"], **sides, "ranks": [0, 1]})
-    data.write_records(file, pairs)
+    write_records(file, pairs)
 
 
 def stages(work: Path, settings: Settings) -> dict[str, Callable[[], Path]]:
@@ -200,20 +204,22 @@ def distinct(texts: Sequence[str]) -> float:
 
 def measure(work: Path, settings: Settings, scorer: LinearScorer) -> list[dict]:
     """One row a model: the judge on test openings, the gain over SFT with its interval, and the KL."""
-    config = evaluate.Config(run=work, max_new_tokens=NEW_TOKENS, seed=settings.seed)
+    config = evaluation.Config(run=work, max_new_tokens=NEW_TOKENS, seed=settings.seed)
 
     def load(stage: str) -> GPT:
         return GPT.from_pretrained(work / stage / "model").eval().requires_grad_(False)
 
     reward_model = RewardModel.from_pretrained(work / "reward" / "model").eval().requires_grad_(False)
     encoding = tokenizer.load(work / "sft" / "model")
-    evaluator = evaluate.Evaluator(load("sft"), reward_model, encoding, prompts_of(work, "test"), config, judge(scorer))
+    evaluator = evaluation.Evaluator(
+        load("sft"), reward_model, encoding, prompts_of(work, "test"), config, judge(scorer)
+    )
     rows: list[dict] = []
 
-    def add(method: str, answers: evaluate.Answers, base: evaluate.Answers, **setting: float) -> None:
+    def add(method: str, answers: evaluation.Answers, base: evaluation.Answers, **setting: float) -> None:
         judged, gain = answers.parts[:, 0], answers.parts[:, 0] - base.parts[:, 0]
         (low, high), (gain_low, gain_high) = (
-            evaluate.bootstrap_interval(values, seed=settings.seed) for values in (judged, gain)
+            evaluation.bootstrap_interval(values, seed=settings.seed) for values in (judged, gain)
         )
         kl = answers.kl_bound if answers.kl is None else answers.kl.mean()
         row = {"method": method, "beta": "", "n": "", **setting}

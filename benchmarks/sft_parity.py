@@ -31,8 +31,10 @@ from transformers import AutoTokenizer, GPT2LMHeadModel
 
 import train_sft
 from minirlhf import data, tokenizer
-from minirlhf.metrics import read_rows
+from minirlhf.batch import batch_indices, steps_per_epoch
+from minirlhf.encode import Record, encode_demonstrations, split_by_prompt
 from minirlhf.model import GPT, GPTConfig
+from minirlhf.runs.log import read_rows
 
 TOLERANCE = 0.01  # of the held-out loss, relative
 VOCABULARY = 2048
@@ -73,7 +75,7 @@ def stage(config: train_sft.Config) -> Result:
 Row = tuple[list[int], list[int]]  # ids of the prompt, which carry no loss, and of the response with its EOS
 
 
-def tokenise(their_tokenizer: Any, records: list[data.Record], width: int) -> list[Row]:
+def tokenise(their_tokenizer: Any, records: list[Record], width: int) -> list[Row]:
     """Rows of at most `width` tokens. A text without a prompt goes on over rows that share one token."""
     eos, rows = their_tokenizer.eos_token_id, []
     for record in records:
@@ -146,12 +148,12 @@ def transformers_loop(
 def same_tokens(config: train_sft.Config) -> tuple[list[Row], list[Row]]:
     """Training and held-out rows as transformers tokenises them; ends the program where the stage has others."""
     records = data.load(config.train, "demonstrations", split=config.split)
-    sides = data.split_by_prompt(records, share=config.validation_share, seed=config.seed)
+    sides = split_by_prompt(records, share=config.validation_share, seed=config.seed)
     their_tokenizer, encoding = AutoTokenizer.from_pretrained(config.model), tokenizer.load(config.model)
     width = GPT.from_pretrained(config.model).config.n_positions
     train, held_out = (tokenise(their_tokenizer, side, width) for side in sides)
     for rows, side in zip((train, held_out), sides, strict=True):
-        ours = data.encode_demonstrations(encoding, side, max_length=width)
+        ours = encode_demonstrations(encoding, side, max_length=width)
         if [(e.prompt_ids, e.response_ids) for e in ours] != rows:
             raise SystemExit(f"{config.train}: the two sides do not have the same tokens")
     return train, held_out
@@ -160,8 +162,8 @@ def same_tokens(config: train_sft.Config) -> tuple[list[Row], list[Row]]:
 def compare(config: train_sft.Config) -> dict[str, Any]:
     """Both trainings with one configuration, whose `model` is the folder both start from."""
     train, held_out = same_tokens(config)
-    steps = range(round(config.epochs * data.steps_per_epoch(len(train), config.batch_size)))
-    order = [data.batch_indices(len(train), config.batch_size, seed=config.seed, step=step) for step in steps]
+    steps = range(round(config.epochs * steps_per_epoch(len(train), config.batch_size)))
+    order = [batch_indices(len(train), config.batch_size, seed=config.seed, step=step) for step in steps]
     initial = GPT2LMHeadModel.from_pretrained(config.model).eval()
     eos = initial.config.eos_token_id
     start = their_held_out(initial, held_out, eos)

@@ -26,10 +26,12 @@ from torch import Tensor
 
 import train_dpo
 import train_reward
-from minirlhf import data, ops
+from minirlhf import ops
+from minirlhf.batch import Example, micro_batches, pad
 from minirlhf.bradley_terry import bradley_terry_loss
-from minirlhf.decoder import Decoder, sample
+from minirlhf.comparisons import Comparison, pair_micro_batches
 from minirlhf.dpo import dpo_loss
+from minirlhf.generate import Decoder, sample
 from minirlhf.model import GPT
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel
@@ -39,7 +41,7 @@ VOCABULARY = 50257  # of sampling
 Way = Callable[[], object]
 
 
-def apart(comparisons: list[data.Comparison]) -> list[data.Example]:
+def apart(comparisons: list[Comparison]) -> list[Example]:
     """The responses as rows of their own, each with its prompt."""
     return [example for comparison in comparisons for example in comparison.examples]
 
@@ -50,15 +52,15 @@ def dpo_ways(size: workloads.Size) -> tuple[Way, Way]:
     known = [train_dpo.ReferencedComparison(c.examples, c.pairs, ref_seq_logprobs=[0.0, 0.0]) for c in comparisons]
 
     def shared() -> None:
-        for part, pairs in data.pair_micro_batches(known, BUDGET):
+        for part, pairs in pair_micro_batches(known, BUDGET):
             four = train_dpo.pair_logprobs(policy, part, pairs)
             dpo_loss(*four, beta=0.1, denominator=len(known)).backward()
 
     def rows_apart() -> None:
         lengths = torch.tensor([2 * len(c.prompt_ids) + c.length for c in comparisons])
-        for index in data.micro_batches(lengths, 2 * BUDGET):  # a pair's two rows stay together
+        for index in micro_batches(lengths, 2 * BUDGET):  # a pair's two rows stay together
             part = [comparisons[i] for i in index]
-            batch = data.pad(apart(part))
+            batch = pad(apart(part))
             logprobs = policy.logprobs(batch.tokens, batch.mask).sum(dim=1)
             zeros = torch.zeros(len(part))
             dpo_loss(logprobs[::2], logprobs[1::2], zeros, zeros, beta=0.1, denominator=len(known)).backward()
@@ -72,15 +74,15 @@ def reward_ways(size: workloads.Size) -> tuple[Way, Way]:
     comparisons = ours.comparisons(size)[0]
 
     def shared() -> None:
-        for _, pairs in data.pair_micro_batches(comparisons, BUDGET):
+        for _, pairs in pair_micro_batches(comparisons, BUDGET):
             scores = train_reward.response_scores(model, pairs)
             chosen, rejected = scores[pairs.chosen], scores[pairs.rejected]
             bradley_terry_loss(chosen, rejected, denominator=len(comparisons)).backward()
 
     def rows_apart() -> None:
         lengths = torch.tensor([2 * len(c.prompt_ids) + c.length for c in comparisons])
-        for index in data.micro_batches(lengths, 2 * BUDGET):
-            batch = data.pad(apart([comparisons[i] for i in index]))
+        for index in micro_batches(lengths, 2 * BUDGET):
+            batch = pad(apart([comparisons[i] for i in index]))
             scores = model(batch.tokens, batch.lengths)
             bradley_terry_loss(scores[::2], scores[1::2], denominator=len(comparisons)).backward()
 
@@ -91,7 +93,7 @@ def head_ways(size: workloads.Size) -> tuple[Way, Way]:
     """The head at response positions alone, against all logits; rows of a PPO minibatch's kind, half response."""
     gpt = ours.model(size)
     rows = workloads.rows(size, size.prompts, size.prompt_length + size.response_length).tolist()
-    batch = data.pad([data.Example(row[: size.prompt_length], row[size.prompt_length :]) for row in rows])
+    batch = pad([Example(row[: size.prompt_length], row[size.prompt_length :]) for row in rows])
 
     def response_only() -> None:
         ops.masked_mean(gpt.logprobs(batch.tokens, batch.mask), batch.mask).backward()
@@ -104,7 +106,7 @@ def head_ways(size: workloads.Size) -> tuple[Way, Way]:
 
 def sorting_ways(size: workloads.Size) -> tuple[Way, Way]:
     """Rows of unequal lengths sorted before they are divided, against the order in which they come."""
-    gpt, batch = ours.model(size), data.pad(apart(ours.comparisons(size)[0]))
+    gpt, batch = ours.model(size), pad(apart(ours.comparisons(size)[0]))
 
     def run(parts: list[Tensor]) -> None:
         for index in parts:
@@ -113,14 +115,14 @@ def sorting_ways(size: workloads.Size) -> tuple[Way, Way]:
 
     rows = BUDGET // batch.tokens.shape[1]
     return (
-        lambda: run(data.micro_batches(batch.lengths, BUDGET)),
+        lambda: run(micro_batches(batch.lengths, BUDGET)),
         lambda: run(list(torch.arange(len(batch)).split(rows))),
     )
 
 
 def entropy_ways(size: workloads.Size) -> tuple[Way, Way]:
     """Scoring without the entropy, which training logs and scoring does not read."""
-    gpt, batch = ours.model(size), data.pad(apart(ours.comparisons(size)[0]))
+    gpt, batch = ours.model(size), pad(apart(ours.comparisons(size)[0]))
 
     def without_gradient(function: Callable[[Tensor, Tensor], Any]) -> Way:
         return torch.no_grad()(lambda: function(batch.tokens, batch.mask))

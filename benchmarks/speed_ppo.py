@@ -22,7 +22,7 @@ import worker
 import workloads
 
 import train_ppo
-from minirlhf import environment, rollout
+from minirlhf import reward_functions, rollout
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel, ValueModel
 from minirlhf.runtime import autocast
@@ -53,7 +53,7 @@ def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int
     size = workloads.size_of(given.size, given.device)
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
     config, four = settings(size, given.device), models(size, device)
-    reward = environment.reward_function(four.pop("reward_model"))
+    reward = reward_functions.reward_function(four.pop("reward_model"))
     trained = (four["policy"], four["value_model"])
     optimizers = [adamw(model, learning_rate=ours.LEARNING_RATE, eps=1e-5) for model in trained]
     state = train_ppo.State(*trained, *optimizers, None)

@@ -34,7 +34,7 @@ from torch.utils._pytree import tree_leaves
 
 import train_dpo
 import train_sft
-from minirlhf import data
+from minirlhf.batch import Example, pad
 from minirlhf.model import GPT
 from minirlhf.optim import adamw
 
@@ -93,7 +93,7 @@ def sft_step(count: int, length: int) -> Callable[[], object]:
     model = ours.model(SHAPE)
     state = train_sft.State(model, adamw(model, learning_rate=ours.LEARNING_RATE))
     rows = workloads.rows(SHAPE, count, length).tolist()
-    batch = data.pad([data.Example(row[:1], row[1:]) for row in rows])
+    batch = pad([Example(row[:1], row[1:]) for row in rows])
     return lambda: train_sft.train_step(state, batch, micro_batch_tokens=BUDGET, max_grad_norm=1.0)
 
 
@@ -105,7 +105,7 @@ def dpo_step(count: int, responses: int, length: int = 32) -> Callable[[], objec
     pairs = [(k, k + 1) for k in range(0, responses, 2)]
     comparisons = [
         train_dpo.ReferencedComparison(
-            [data.Example(prompt, answer) for answer in answers], pairs, ref_seq_logprobs=[0.0] * responses
+            [Example(prompt, answer) for answer in answers], pairs, ref_seq_logprobs=[0.0] * responses
         )
         for prompt, *answers in texts
     ]

@@ -18,7 +18,7 @@ import worker
 import workloads
 
 import train_sft
-from minirlhf import data
+from minirlhf.batch import Example, pad
 from minirlhf.optim import adamw
 from minirlhf.runtime import autocast
 
@@ -28,9 +28,7 @@ def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
     model = ours.model(size).to(device)
     state = train_sft.State(model, adamw(model, learning_rate=ours.LEARNING_RATE))
-    batches = [
-        data.pad([data.Example(row[:1], row[1:]) for row in batch.tolist()]) for batch in workloads.sft_batches(size)
-    ]
+    batches = [pad([Example(row[:1], row[1:]) for row in batch.tolist()]) for batch in workloads.sft_batches(size)]
     channel.ready(worker.training_state([model]))
 
     def step(number: int) -> None:

@@ -44,12 +44,14 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, evaluate, tokenizer
+from minirlhf import data, tokenizer
 from minirlhf.__main__ import SMOKE
+from minirlhf.encode import encode_prompt
+from minirlhf.evaluate import evaluation
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.generate import generate
-from minirlhf.metrics import read_rows
 from minirlhf.model import GPT
+from minirlhf.runs.log import read_rows
 from minirlhf.world import judge
 
 RUN = Path("runs/walkthrough")
@@ -96,13 +98,13 @@ curves("sft", "loss", "validation_loss")
 
 # %%
 encoding = tokenizer.load(sft)
-questions = [record["prompt"] for record in data.load(evaluate.Config().prompts, "prompts")[:3]]
+questions = [record["prompt"] for record in data.load(evaluation.Config().prompts, "prompts")[:3]]
 
 
 def answers(folder, prompts, count=1, seed=0):
     """`count` sampled answers to each prompt."""
     model = GPT.from_pretrained(folder).eval()
-    ids = [data.encode_prompt(encoding, prompt) for prompt in prompts for _ in range(count)]
+    ids = [encode_prompt(encoding, prompt) for prompt in prompts for _ in range(count)]
     samples = generate(model, ids, max_new_tokens=32, eos_id=encoding.eot_token, seed=seed)
     texts = [encoding.decode([t for t in row if t != encoding.eot_token]) for row in samples.response_ids()]
     return [texts[i : i + count] for i in range(0, len(texts), count)]
@@ -164,7 +166,7 @@ curves("dpo", "loss", "validation_accuracy", "reward_chosen", "reward_rejected")
 # answers by the reward model's score. Its KL is at most log n - (n-1)/n.
 
 # %%
-summary = evaluate.main(evaluate.Config(**settings("evaluate")))
+summary = evaluation.main(evaluation.Config(**settings("evaluate")))
 
 # %%
 figure, panel = plt.subplots(figsize=(5, 3.4))

@@ -20,12 +20,12 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import calibration, checkpoint, evaluate
+from minirlhf.config import Seed, Settings, run_script
+from minirlhf.evaluate import calibration, evaluation
 from minirlhf.feedback import __main__ as feedback
-from minirlhf.metrics import fresh_folder, write_json
+from minirlhf.files import fresh_folder, write_json
 from minirlhf.report import write_report
-from minirlhf.runtime import run_script
-from minirlhf.settings import Seed, Settings
+from minirlhf.runs import lock
 
 
 @dataclass
@@ -63,14 +63,14 @@ STAGES: dict[str, tuple[Callable[[Any], object], type]] = {
     "reward": (train_reward.main, train_reward.Config),
     "ppo": (train_ppo.main, train_ppo.Config),
     "dpo": (train_dpo.main, train_dpo.Config),
-    "evaluate": (evaluate.main, evaluate.Config),
+    "evaluate": (evaluation.main, evaluation.Config),
 }
 
 
 def main(config: Config) -> dict[str, float]:
     """Run every stage in turn; returns the seconds each took."""
-    with checkpoint.only_writer(config.run):
-        checkpoint.require_unlocked(config.run)  # by a stage that was started by itself
+    with lock.only_writer(config.run):
+        lock.require_unlocked(config.run)  # by a stage that was started by itself
         return run_stages(config)
 
 

@@ -25,13 +25,14 @@ from typing import Any, Literal
 import numpy as np
 
 import train_ppo
-from minirlhf import data, evaluate, tokenizer
+from minirlhf import data, tokenizer
 from minirlhf.ablation_report import CURVES, HELD_OUT, WHOLE, Done, Figures, plot, report, write_csv
-from minirlhf.metrics import read_rows, versions
+from minirlhf.config import Count, Positive, Seed, Settings, run_script
+from minirlhf.evaluate import evaluation
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
-from minirlhf.runtime import require, run_script
-from minirlhf.settings import Count, Positive, Seed, Settings
+from minirlhf.runs.log import read_rows, versions
+from minirlhf.runtime import require
 from minirlhf.trials import Trial, run_trials
 
 AS_TRAINED = "as trained"  # stands for the reward model without its normalisation, which every trial makes itself
@@ -124,20 +125,20 @@ def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"curves": curves, "held_out": means, "end": measured[settings["iterations"]], "answers": answers}
 
 
-def held_out(run: Path, prompts: int, seed: int) -> evaluate.Evaluator:
+def held_out(run: Path, prompts: int, seed: int) -> evaluation.Evaluator:
     """The run's SFT model and its normalised reward model on the first held-out prompts."""
-    config = evaluate.Config(run=run, max_prompts=prompts, seed=seed, device="cpu")
+    config = evaluation.Config(run=run, max_prompts=prompts, seed=seed, device="cpu")
     texts = [record["prompt"] for record in data.load(config.prompts, "prompts")][:prompts]
     sft = GPT.from_pretrained(run / "sft" / "model").eval().requires_grad_(False)
     reward_model = RewardModel.from_pretrained(run / "reward" / "model").eval().requires_grad_(False)
     encoding = tokenizer.load(run / "sft" / "model")
-    return evaluate.Evaluator(sft, reward_model, encoding, texts, config, evaluate.judge_parts)
+    return evaluation.Evaluator(sft, reward_model, encoding, texts, config, evaluation.judge_parts)
 
 
-def each_prompt(answers: evaluate.Answers, start: evaluate.Answers) -> dict[str, list[float]]:
+def each_prompt(answers: evaluation.Answers, start: evaluation.Answers) -> dict[str, list[float]]:
     """What was measured of the answer to each prompt; a win is one over the SFT model's answer, ties half."""
     judge = answers.parts[:, 0]
-    wins = evaluate.wins(judge, start.parts[:, 0])
+    wins = evaluation.wins(judge, start.parts[:, 0])
     each = (judge, wins, answers.kl, answers.reward, answers.lengths)
     return {name: values.astype(float).round(4).tolist() for name, values in zip(HELD_OUT, each, strict=True)}
 

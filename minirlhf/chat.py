@@ -27,13 +27,13 @@ from typing import Annotated, Literal
 import tyro
 
 from minirlhf import tokenizer
+from minirlhf.config import Count, NotNegative, Seed, Settings, Steps, run_script
 from minirlhf.dialogue import HELP, Chat, Round, Speaker, ctrl_c, say
 from minirlhf.feedback.terminal import NARROW, wrap
-from minirlhf.hub import model_folder
+from minirlhf.hf.hub import model_folder
 from minirlhf.model import GPT, GPTConfig, read_config
 from minirlhf.reward import RewardModel
-from minirlhf.runtime import require, resolve_device, run_script
-from minirlhf.settings import Count, NotNegative, Seed, Settings, Steps
+from minirlhf.runtime import require, resolve_device
 
 LONGEST = 256  # tokens of a reply where the context has room for more
 

@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 import tiktoken
 import torch
 
-from minirlhf import data
-from minirlhf.data.encode import encode_response
-from minirlhf.data.fields import ASSISTANT, HUMAN, as_text
+from minirlhf.batch import pad
+from minirlhf.data.formats import ASSISTANT, HUMAN, as_text
+from minirlhf.encode import encode_example, encode_prompt, encode_response
 from minirlhf.feedback.terminal import printable
 from minirlhf.generate import stream
 from minirlhf.model import GPT
@@ -125,7 +125,7 @@ class Chat:
         self.questions += 1
 
     def _stream(self, speaker: Speaker, prompt: str) -> Iterator[int]:
-        ids = data.encode_prompt(speaker.encoding, prompt)
+        ids = encode_prompt(speaker.encoding, prompt)
         room = speaker.model.config.n_positions - speaker.limit
         if len(ids) > room and not self.warned:
             say(f"{speaker.name}: the dialogue is longer than the context and loses its start; /reset begins a new one")
@@ -151,10 +151,10 @@ class Chat:
         """The reward model's score of a reply, of the ids as they were sampled; nan where there is none to score."""
         model, ids = self.reward_model, reply.ids
         longest = model.gpt.config.n_positions
-        row = data.encode_example(speaker.encoding, prompt, reply.text, max_length=longest, response_ids=ids)
+        row = encode_example(speaker.encoding, prompt, reply.text, max_length=longest, response_ids=ids)
         if row is None or not ids:
             return math.nan
-        batch = data.pad([row]).to(model.score.weight.device)
+        batch = pad([row]).to(model.score.weight.device)
         return model(batch.tokens, batch.lengths).item()
 
     def command(self, line: str) -> bool:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from minirlhf import ops, ppo
-from minirlhf.advantages import RunningBaseline, grpo, grpo_no_std, per_token, reinforce, rloo
+from minirlhf.grpo import RunningBaseline, grpo, grpo_no_std, per_token, reinforce, rloo
 from minirlhf.rollout import Rollout
-from minirlhf.stage import require_finite
+from minirlhf.runtime import require_finite
 
 GROUPED = {"rloo": rloo, "grpo": grpo, "grpo-no-std": grpo_no_std}  # these compare the responses to a prompt
 

@@ -19,8 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minirlhf import data
 from minirlhf.bradley_terry import bradley_terry_loss, davidson_loss, plackett_luce_loss
+from minirlhf.comparisons import Comparison, best_against_rest, best_first
+from minirlhf.encode import differing_tokens
 from minirlhf.runtime import require
 
 Form = Literal["pairs", "best-against-rest", "plackett-luce"]
@@ -43,12 +44,12 @@ class Objective:
         name = "--objective plackett-luce" if ranked else "--ties davidson"
         require(plain or contrast == 0, f"{name}: has no weights of pairs; use it with --contrast 0")
 
-    def prepare(self, comparisons: Sequence[data.Comparison]) -> list[data.Comparison]:
+    def prepare(self, comparisons: Sequence[Comparison]) -> list[Comparison]:
         """The comparisons with the pairs that this objective is about."""
         best = self.form == "best-against-rest"
-        return [data.best_against_rest(c) if best else c for c in comparisons]
+        return [best_against_rest(c) if best else c for c in comparisons]
 
-    def size(self, comparisons: Sequence[data.Comparison], contrast: float) -> float:
+    def size(self, comparisons: Sequence[Comparison], contrast: float) -> float:
         """What the loss of a whole batch is divided by: the weights of its pairs, or the number of its rankings."""
         ranked = self.form == "plackett-luce"
         return float(len(comparisons)) if ranked else pair_weights(comparisons, contrast).sum().item()
@@ -56,7 +57,7 @@ class Objective:
     def loss(
         self,
         scores: Tensor,
-        comparisons: Sequence[data.Comparison],
+        comparisons: Sequence[Comparison],
         pairs: Tensor,
         *,
         contrast: float,
@@ -75,20 +76,20 @@ class Objective:
         return bradley_terry_loss(first, second, weights=weights, denominator=denominator)
 
 
-def pair_weights(comparisons: Sequence[data.Comparison], contrast: float) -> Tensor:
+def pair_weights(comparisons: Sequence[Comparison], contrast: float) -> Tensor:
     """(N,) weights of all pairs: a pair's own times d^-contrast, where its two responses differ in d tokens."""
     weights = [
-        weight * data.differing_tokens(c.examples[i].response_ids, c.examples[j].response_ids) ** -contrast
+        weight * differing_tokens(c.examples[i].response_ids, c.examples[j].response_ids) ** -contrast
         for c in comparisons
         for (i, j), weight in zip(c.pairs, c.pair_weights, strict=True)
     ]
     return torch.tensor(weights, dtype=torch.float64)
 
 
-def _ranking_loss(scores: Tensor, comparisons: Sequence[data.Comparison], denominator: float) -> Tensor:
+def _ranking_loss(scores: Tensor, comparisons: Sequence[Comparison], denominator: float) -> Tensor:
     by_size: dict[int, list[Tensor]] = defaultdict(list)
     for own, comparison in zip(scores.split([len(c.examples) for c in comparisons]), comparisons, strict=True):
-        order = data.best_first(comparison)
+        order = best_first(comparison)
         by_size[len(order)].append(own[order])
     parts = [plackett_luce_loss(torch.stack(rows), denominator=denominator) for rows in by_size.values()]
     return torch.stack(parts).sum()

@@ -29,17 +29,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minirlhf import data, dry_run, environment, ppo, processes, tokenizer
+from minirlhf import distributed, ppo, reward_functions, tokenizer
+from minirlhf.batch import Example, batch_indices, permutation, require_batch
+from minirlhf.comparisons import pair_micro_batches
+from minirlhf.config import (
+    Count,
+    Finite,
+    FolderName,
+    NotNegative,
+    Positive,
+    Seed,
+    Settings,
+    TokenBudget,
+    TrackerName,
+    run_script,
+)
 from minirlhf.dpo import dpo_loss, hinge_loss, ipo_loss
-from minirlhf.ensemble import Aggregate
 from minirlhf.model import GPT
-from minirlhf.model_card import write_model_card
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
+from minirlhf.reward import Aggregate
 from minirlhf.rollout import Rollout, collect, rollout_keys
-from minirlhf.runtime import Stream, autocast, project_file, resolve_device, resolve_dtype, run_script
-from minirlhf.settings import Count, Finite, FolderName, NotNegative, Positive, Seed, Settings, TokenBudget
-from minirlhf.stage import Stage, require_finite
-from minirlhf.track import TrackerName
+from minirlhf.runs.card import write_model_card
+from minirlhf.runs.plan import sampled_plan, show_plan
+from minirlhf.runs.stage import Stage
+from minirlhf.runtime import Stream, autocast, project_file, require_finite, resolve_device, resolve_dtype
 from train_dpo import SUMMED, ReferencedComparison, diagnostics, pair_logprobs
 
 
@@ -133,7 +146,7 @@ def label(rollout: Rollout) -> tuple[list[ReferencedComparison], dict[str, int]]
     """
     answers = rollout.response_ids()
     prompts = zip(rollout.tokens.tolist(), rollout.prompt_lengths.tolist(), strict=True)
-    examples = [data.Example(row[:n], ids) for (row, n), ids in zip(prompts, answers, strict=True)]
+    examples = [Example(row[:n], ids) for (row, n), ids in zip(prompts, answers, strict=True)]
     ref = rollout.ref_logprobs.sum(dim=1).tolist()
     scores, groups = rollout.scores.tolist(), rollout.groups.tolist()
     found: list[ReferencedComparison] = []
@@ -160,15 +173,15 @@ def train_step(
     count = len(comparisons)  # one pair each; of the whole minibatch, over micro-batches and processes
     sums = dict.fromkeys(SUMMED, torch.zeros(()))
     state.optimizer.zero_grad(set_to_none=True)
-    for part, pairs in data.pair_micro_batches(comparisons, config.micro_batch_tokens):
+    for part, pairs in pair_micro_batches(comparisons, config.micro_batch_tokens):
         four = pair_logprobs(state.policy, part, pairs.to(device), temperature=config.temperature)
         loss = LOSSES[config.loss](*four, beta=config.beta, denominator=count)
         loss.backward()
         seen = {"loss": loss.detach().cpu(), **diagnostics(four, beta=config.beta, denominator=count)}
         sums = {name: sums[name] + value for name, value in seen.items()}
-    sums = processes.sum_each(sums)
+    sums = distributed.sum_each(sums)
     require_finite(loss=sums["loss"])
-    processes.sum_gradients(state.policy)
+    distributed.sum_gradients(state.policy)
     grad_norm = clip_gradients(state.policy, config.max_grad_norm)
     state.optimizer.step()
     return {**sums, "grad_norm": grad_norm}
@@ -180,7 +193,7 @@ def update(
     """Epochs of shuffled minibatches over the pairs; means over the steps, of which there are none without a pair."""
     rows = []
     for epoch in range(config.epochs):
-        order = data.permutation(len(comparisons), config.seed, Stream.MINIBATCH, state.iteration, epoch)
+        order = permutation(len(comparisons), config.seed, Stream.MINIBATCH, state.iteration, epoch)
         for index in torch.tensor(order).tensor_split(config.minibatches):
             if len(index):  # few pairs may be left
                 rows.append(train_step(state, [comparisons[i] for i in index.tolist()], config, device))
@@ -205,23 +218,23 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     """Run the stage; returns the folder of the trained policy. `observe` looks at the state after each iteration."""
     device = resolve_device(config.device)
     dtype = resolve_dtype(config.dtype, device)
-    sources = environment.find(config)
+    sources = reward_functions.find_sources(config)
     output = config.run / config.stage / "model"
     stage = Stage(config.run / config.stage, config, inputs=sources.files, models=sources.models, resume=config.resume)
     if stage.finished:
         return output
-    env = environment.read(config, sources)
-    data.require_batch("--rollout-size", config.rollout_size, len(env.prompts))
+    env = reward_functions.read_environment(config, sources)
+    require_batch("--rollout-size", config.rollout_size, len(env.prompts))
     if config.dry_run:
         groups = {"responses": 2 * config.rollout_size, "group_size": 2}
-        plan = dry_run.sampled(config, list(env.shapes.values()), env.prompts, **groups)
-        dry_run.show(plan, config, device=device, dtype=dtype)
+        plan = sampled_plan(config, list(env.shapes.values()), env.prompts, **groups)
+        show_plan(plan, config, device=device, dtype=dtype)
         return output
     policy = GPT.from_pretrained(sources.policy).to(device)
     policy.gradient_checkpointing = config.gradient_checkpointing
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
-    members = environment.load_reward_models(sources, device)
-    reward = environment.reward_of(config, members, sources.functions, env.encoding)
+    members = reward_functions.load_reward_models(sources, device)
+    reward = reward_functions.reward_of(config, members, sources.functions, env.encoding)
     state = State(policy, adamw(policy, learning_rate=config.learning_rate))
 
     with stage.begin(state, steps=config.iterations, checkpoint_every=config.checkpoint_every):
@@ -229,7 +242,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
             iteration = state.iteration
             learning_rate = config.learning_rate * linear_schedule(iteration, config.iterations)
             set_learning_rate(state.optimizer, learning_rate)
-            chosen = data.batch_indices(len(env.prompts), config.rollout_size, seed=config.seed, step=iteration)
+            chosen = batch_indices(len(env.prompts), config.rollout_size, seed=config.seed, step=iteration)
             rows = [(prompt, candidate) for prompt in chosen for candidate in range(2)]
             with autocast(device, dtype), stage.attempt() as fitted:
                 rollout = collect(
@@ -255,7 +268,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                 stage.finish(iteration, {**metrics, "learning_rate": learning_rate}, tokens=int(rollout.lengths.sum()))
             if observe and state.iteration > iteration:
                 observe(state)
-        if processes.is_writer():
+        if distributed.is_writer():
             policy.save_pretrained(output)
             tokenizer.save(env.encoding, output)
             write_model_card(output, script="minirlhf.online_dpo", objective="Online DPO: its own answers, labelled.")

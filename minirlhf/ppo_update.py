@@ -10,14 +10,14 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from minirlhf import data, ops, ppo, processes
-from minirlhf.advantages import RunningBaseline, kl_loss
+from minirlhf import distributed, ops, ppo
+from minirlhf.batch import Batch, Example, own_micro_batches, pad, permutation
 from minirlhf.experience import Experience
+from minirlhf.grpo import RunningBaseline, kl_loss
 from minirlhf.model import GPT
 from minirlhf.optim import clip_gradients
 from minirlhf.reward import ValueModel
-from minirlhf.runtime import Stream
-from minirlhf.stage import require_finite
+from minirlhf.runtime import Stream, require_finite
 
 
 class Config(Protocol):
@@ -109,7 +109,7 @@ def part_gradient(state: State, part: Experience, config: Config, tokens: Tensor
 
 
 def train_step(
-    state: State, minibatch: Experience, config: Config, *, pretraining: data.Batch | None = None
+    state: State, minibatch: Experience, config: Config, *, pretraining: Batch | None = None
 ) -> dict[str, Tensor]:
     """One optimizer step of policy and value model; losses are means over all tokens of the minibatch."""
     tokens = minibatch.mask.sum()  # over micro-batches and processes
@@ -119,30 +119,30 @@ def train_step(
     trained = {name: pair for name, pair in models.items() if pair[0] is not None}
     for _, optimizer in trained.values():
         optimizer.zero_grad(set_to_none=True)
-    for index in data.own_micro_batches(minibatch.lengths, config.micro_batch_tokens):
+    for index in own_micro_batches(minibatch.lengths, config.micro_batch_tokens):
         seen = part_gradient(state, minibatch.rows(index.to(tokens.device)), config, tokens)
         ratio_deviation = torch.maximum(ratio_deviation, seen.pop("ratio_deviation").cpu())
         sums = {name: value + seen[name].cpu() for name, value in sums.items()}  # one order in all processes
     if pretraining is not None:
         sums["ptx_loss"] = pretraining_gradient(state.policy, pretraining, config)
-    sums = processes.sum_each(sums)
+    sums = distributed.sum_each(sums)
     require_finite(**{name: value for name, value in sums.items() if name.endswith("_loss")})
     for model, _ in trained.values():
-        processes.sum_gradients(model)
+        distributed.sum_gradients(model)
     for name, (model, _) in trained.items():
         sums[f"{name}_grad_norm"] = clip_gradients(model, config.max_grad_norm)
     for _, optimizer in trained.values():
         optimizer.step()
-    return {**sums, "ratio_deviation": processes.all_max(ratio_deviation.double())}
+    return {**sums, "ratio_deviation": distributed.all_max(ratio_deviation.double())}
 
 
-def pretraining_gradient(policy: GPT, batch: data.Batch, config: Config) -> Tensor:
+def pretraining_gradient(policy: GPT, batch: Batch, config: Config) -> Tensor:
     """Add the gradient of coefficient * mean negative log-likelihood of the texts; returns this loss.
 
     Ouyang et al. 2022, eq. 2: the term E_pretraining[log pi(x)] of PPO-ptx. Temperature 1, as in train_sft.py.
     """
     tokens, total = batch.mask.sum(), torch.zeros(())
-    for index in data.own_micro_batches(batch.lengths, config.micro_batch_tokens):
+    for index in own_micro_batches(batch.lengths, config.micro_batch_tokens):
         part = batch.rows(index.to(tokens.device))
         logprobs = policy.logprobs(part.tokens, part.mask)
         loss = -config.ptx_coefficient * ops.masked_mean(logprobs, part.mask, denominator=tokens)
@@ -152,7 +152,7 @@ def pretraining_gradient(policy: GPT, batch: data.Batch, config: Config) -> Tens
 
 
 def update(
-    state: State, experience: Experience, config: Config, *, texts: Sequence[data.Example] = ()
+    state: State, experience: Experience, config: Config, *, texts: Sequence[Example] = ()
 ) -> dict[str, Tensor | float]:
     """Several epochs over the rollout in shuffled minibatches; every row once an epoch. Means over the steps.
 
@@ -161,7 +161,7 @@ def update(
     rows: list[dict[str, Tensor]] = []
     for epoch in range(config.epochs):
         key = (config.seed, Stream.MINIBATCH, state.iteration, epoch)
-        order = torch.tensor(data.permutation(len(experience), *key))
+        order = torch.tensor(permutation(len(experience), *key))
         parts = order.tensor_split(min(config.minibatches, len(order)))  # an epoch's last rollout may be small
         for number, index in enumerate(parts):
             minibatch = experience.rows(index.to(experience.tokens.device))
@@ -173,10 +173,10 @@ def update(
     return _means(rows)
 
 
-def draw(examples: Sequence[data.Example], count: int, *key: int, device: torch.device) -> data.Batch | None:
+def draw(examples: Sequence[Example], count: int, *key: int, device: torch.device) -> Batch | None:
     """`count` different examples, or all of fewer, chosen by the key alone; None of none."""
-    order = data.permutation(len(examples), *key)[:count]
-    return data.pad([examples[i] for i in order]).to(device) if order else None
+    order = permutation(len(examples), *key)[:count]
+    return pad([examples[i] for i in order]).to(device) if order else None
 
 
 def _means(rows: list[dict[str, Tensor]]) -> dict[str, Tensor | float]:

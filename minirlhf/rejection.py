@@ -23,17 +23,20 @@ from typing import Literal
 
 import numpy as np
 
-from minirlhf import data, environment
-from minirlhf.ensemble import Aggregate
-from minirlhf.evaluate import best_of_n_kl
-from minirlhf.feedback.collect import SLOTS, response_text
+from minirlhf import reward_functions
+from minirlhf.batch import permutation
+from minirlhf.config import AtLeastTwo, Count, FolderName, NotNegative, Positive, Seed, Settings, run_script
+from minirlhf.encode import Record
+from minirlhf.evaluate.evaluation import best_of_n_kl
+from minirlhf.feedback.collect import SLOTS
+from minirlhf.files import source_hash, write_records
 from minirlhf.generate import generate
-from minirlhf.metrics import source_hash
 from minirlhf.model import GPT
+from minirlhf.reward import Aggregate
 from minirlhf.rollout import over_micro_batches
-from minirlhf.runtime import Stream, project_file, require, resolve_device, run_script
-from minirlhf.settings import AtLeastTwo, Count, FolderName, NotNegative, Positive, Seed, Settings
-from minirlhf.stage import Stage, require_finite
+from minirlhf.runs.stage import Stage
+from minirlhf.runtime import Stream, project_file, require, require_finite, resolve_device
+from minirlhf.tokenizer import response_text
 
 
 @dataclass
@@ -111,7 +114,7 @@ def choose(scores: np.ndarray, finished: np.ndarray) -> np.ndarray:
 
 def choose_randomly(finished: np.ndarray, *, seed: int) -> np.ndarray:
     """(P,) a finished candidate, each as likely as another, whatever its score; -1 where none finished."""
-    orders = (data.permutation(finished.shape[1], seed, Stream.REJECTION, i) for i in range(len(finished)))
+    orders = (permutation(finished.shape[1], seed, Stream.REJECTION, i) for i in range(len(finished)))
     return np.array(
         [next((k for k in order if row[k]), -1) for order, row in zip(orders, finished, strict=True)], dtype=np.int64
     )
@@ -120,15 +123,15 @@ def choose_randomly(finished: np.ndarray, *, seed: int) -> np.ndarray:
 def main(config: Config) -> Path:
     """Run the stage; returns the file of the winners."""
     device = resolve_device(config.device)
-    sources = environment.find(config)
+    sources = reward_functions.find_sources(config)
     output = config.run / config.stage / "best.jsonl"
     stage = Stage(config.run / config.stage, config, inputs=sources.files, models=sources.models, resume=config.resume)
     if stage.finished:
         return output
-    env = environment.read(config, sources)
+    env = reward_functions.read_environment(config, sources)
     policy = GPT.from_pretrained(sources.policy).to(device).eval().requires_grad_(False)
-    members = environment.load_reward_models(sources, device)
-    reward = environment.reward_of(config, members, sources.functions, env.encoding)
+    members = reward_functions.load_reward_models(sources, device)
+    reward = reward_functions.reward_of(config, members, sources.functions, env.encoding)
 
     with stage.begin(None, steps=1):
         rows = [(i, k) for i in range(len(env.prompts)) for k in range(config.candidates)]
@@ -151,7 +154,7 @@ def main(config: Config) -> Path:
         origin = {"policy": source_hash(sources.policy), "seed": config.seed}
         for name, chosen in choices.items():
             records = winners(env.texts, answers, scores, chosen, origin | {"choice": name})
-            data.write_records(config.run / config.stage / f"{name}.jsonl", records)
+            write_records(config.run / config.stage / f"{name}.jsonl", records)
         metrics = statistics(scores, choices)
         require(metrics["prompts"] > 0, "no answer finished: raise --max-new-tokens")
         stage.finish(0, metrics, tokens=int(samples.lengths.sum()))
@@ -160,8 +163,8 @@ def main(config: Config) -> Path:
 
 
 def winners(
-    prompts: Sequence[str], answers: Sequence[str], scores: np.ndarray, chosen: np.ndarray, origin: data.Record
-) -> list[data.Record]:
+    prompts: Sequence[str], answers: Sequence[str], scores: np.ndarray, chosen: np.ndarray, origin: Record
+) -> list[Record]:
     """A demonstration for each prompt with a chosen answer: the answer, its score, its origin."""
     count = scores.shape[1]
     return [

@@ -14,8 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from minirlhf import processes
-from minirlhf.data import Batch, own_micro_batches
+from minirlhf import distributed
+from minirlhf.batch import Batch, own_micro_batches
 from minirlhf.generate import Samples, generate
 from minirlhf.model import GPT
 from minirlhf.reward import ValueModel
@@ -67,7 +67,7 @@ def over_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, max_to
             result[part] = value
         else:
             result[part, : value.shape[1]] = value
-    return processes.all_sum(result)  # each row from one process, 0 from the others: nothing is rounded
+    return distributed.all_sum(result)  # each row from one process, 0 from the others: nothing is rounded
 
 
 def sample(
@@ -84,7 +84,7 @@ def sample(
 
     Row i has its own random stream, (seed, keys[i]), so who samples it makes no difference to what is sampled.
     """
-    own = processes.share(torch.tensor([len(prompt) for prompt in prompts])).tolist()
+    own = distributed.share(torch.tensor([len(prompt) for prompt in prompts])).tolist()
     rows = own or [0]  # a process without rows samples one to take part in the exchange, and brings nothing
     samples = generate(
         policy,
@@ -100,17 +100,17 @@ def sample(
 
 def joined(part: B, own: Sequence[int], count: int) -> B:
     """The batch of `count` rows whose rows `own` are those of `part`, and the others those of the other processes."""
-    if processes.world_size() == 1:
+    if distributed.world_size() == 1:
         return part
     width = part.tokens.shape[1]
-    more = int(processes.all_max(torch.tensor(width))) - width  # columns that another process's rows need
+    more = int(distributed.all_max(torch.tensor(width))) - width  # columns that another process's rows need
     index = torch.tensor(own, dtype=torch.long, device=part.tokens.device)
 
     def exchange(value: Tensor) -> Tensor:
         shape = (count,) if value.ndim == 1 else (count, value.shape[1] + more)
         whole = value.new_zeros(shape, dtype=torch.int64 if value.dtype == torch.bool else value.dtype)
         whole[(index, *(slice(size) for size in value.shape[1:]))] = value[: len(index)].to(whole.dtype)
-        return processes.all_sum(whole).to(value.dtype)
+        return distributed.all_sum(whole).to(value.dtype)
 
     return type(part)(**{field.name: exchange(getattr(part, field.name)) for field in fields(part)})
 

@@ -10,15 +10,14 @@ import contextlib
 import enum
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
-from minirlhf import processes
+from minirlhf import distributed
 
 
 class UserError(Exception):
@@ -61,7 +60,7 @@ class Stream(enum.IntEnum):
 
 def resolve_device(name: str) -> torch.device:
     """The device for `auto|cpu|cuda|mps`; auto takes a GPU where there is one. Several processes take one GPU each."""
-    several = processes.world_size() > 1
+    several = distributed.world_size() > 1
     mps = torch.backends.mps.is_available() and not several
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": mps}
     if name == "auto":
@@ -91,38 +90,6 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """The context every forward of a stage runs in; the same for policy, reference, reward and value model."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
-
-
-def run_script(main: Callable[[Any], object], presets: dict[str, Any], *, several: bool = False) -> None:
-    """The entry point of every script: `--preset NAME`, then one flag for each field of its configuration.
-
-    several  it may run in several processes, started by torchrun
-    Exit code 0, or 2 with one line on standard error for a UserError; `--debug` shows the traceback instead.
-    SIGTERM and Ctrl-C stop it in order with 143 and 130, a second one at once.
-    """
-    import tyro
-
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
-    description = sys.modules["__main__"].__doc__
-    with processes.started() as group:
-        try:
-            alone = processes.world_size() == 1
-            require(several or alone, "this command runs in one process, and only train_*.py in several: no torchrun")
-            default = presets[_preset_name(arguments, presets)]
-            with interruptible():
-                main(
-                    group.writer_first(
-                        lambda: tyro.cli(type(default), default=default, args=arguments, description=description)
-                    )
-                )
-        except UserError as error:
-            if debug:
-                raise
-            group.end(2, f"error: {error}")
-        except Interrupted as error:
-            group.end(128 + error.number, f"stopped by {error}")
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT)
@@ -173,15 +140,15 @@ def _handlers(handler: Callable[[int, object], None]) -> Iterator[None]:
             signal.signal(number, previous)
 
 
-def _preset_name(arguments: list[str], presets: dict[str, Any]) -> str:
-    """The value of --preset among the arguments, by default the first preset."""
-    for position, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag == "--preset":
-            value = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
-            require(value in presets, f"--preset {value}: not one of {', '.join(presets)}")
-            return value
-    return next(iter(presets))
+def require_finite(**tensors: Tensor) -> None:
+    """Raise DivergenceError naming the first tensor that holds a nan or an infinity; goes before the optimizer step."""
+    for name, tensor in tensors.items():
+        bad = int((~torch.isfinite(tensor)).sum())
+        if bad:
+            what = f"is {tensor.item()}" if tensor.ndim == 0 else f"has {bad} of {tensor.numel()} values not finite"
+            raise DivergenceError(
+                f"{name.replace('_', ' ')} {what}: stopped before the optimizer step; try a lower learning rate"
+            )
 
 
 def project_file(*parts: str) -> Path:

@@ -8,6 +8,7 @@ Left out: special tokens other than EOS, and padding (rows are right-padded by l
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import tiktoken
@@ -200,3 +201,8 @@ def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:
 def decode(encoding: tiktoken.Encoding, ids: list[int]) -> str:
     """Decode ids, EOS included as its text; bytes that are not UTF-8 become U+FFFD."""
     return encoding.decode(ids, errors="replace")
+
+
+def response_text(encoding: tiktoken.Encoding, response_ids: Sequence[int]) -> str:
+    """The text of sampled ids, without the closing EOS."""
+    return decode(encoding, [i for i in response_ids if i != encoding.eot_token])

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from minirlhf.metrics import write_json
+from minirlhf.files import write_json
 from minirlhf.runtime import require
 
 RESULT = "result.json"

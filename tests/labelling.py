@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from minirlhf import data
 from minirlhf.feedback.candidates import Candidates, read_candidates
 from minirlhf.feedback.label_file import LabelFile
 from minirlhf.feedback.session import Session
 from minirlhf.feedback.tasks import make_tasks
+from minirlhf.files import write_records
 
 
 def benchmark(name: str) -> ModuleType:
@@ -26,7 +26,7 @@ def benchmark(name: str) -> ModuleType:
 
 def write_candidates(path: Path, prompts: int, count: int = 2) -> list[Candidates]:
     """A file of `count` answers to each of so many prompts."""
-    data.write_records(
+    write_records(
         path,
         [
             {

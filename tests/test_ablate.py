@@ -20,7 +20,7 @@ import train_ppo
 from minirlhf import ablate, ops, ppo, ppo_update
 from minirlhf.ablate import AS_TRAINED, DETAILS
 from minirlhf.ablation_report import CURVES, HELD_OUT, WHOLE, changed, interval, report, table
-from minirlhf.bootstrap import bootstrap_interval
+from minirlhf.evaluate.bootstrap import bootstrap_interval
 from minirlhf.experience import Experience
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel

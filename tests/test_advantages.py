@@ -23,12 +23,14 @@ from torch import Tensor
 
 import train_ppo
 import train_sft
-from minirlhf import checkpoint, data, ppo, ppo_update
-from minirlhf.advantages import RunningBaseline, grpo, grpo_no_std, kl_loss, per_token, reinforce, rloo
-from minirlhf.metrics import read_rows
+from minirlhf import ppo, ppo_update
+from minirlhf.batch import Example, pad
+from minirlhf.grpo import RunningBaseline, grpo, grpo_no_std, kl_loss, per_token, reinforce, rloo
 from minirlhf.model import GPT
 from minirlhf.optim import adamw
 from minirlhf.rollout import Rollout
+from minirlhf.runs import checkpoint
+from minirlhf.runs.log import read_rows
 from minirlhf.runtime import Stream, UserError
 
 GROUPED = {"rloo": rloo, "grpo": grpo, "grpo-no-std": grpo_no_std}
@@ -364,7 +366,7 @@ def test_each_candidate_has_a_stream_of_its_own_and_its_prompt_as_group(
 
 def rollout_of(groups: list[int], scores: list[float]) -> Rollout:
     """Responses of unequal length, with log-probabilities that differ from the reference's."""
-    batch = data.pad([data.Example([1, 2], [3] * (1 + i % 3)) for i in range(len(groups))])
+    batch = pad([Example([1, 2], [3] * (1 + i % 3)) for i in range(len(groups))])
     mask = batch.mask
     old = torch.where(mask, -1.0, 0.0).double()
     ref = torch.where(mask, -1.0 - 0.25 * torch.arange(len(groups))[:, None], 0.0).double()
@@ -460,25 +462,25 @@ def test_the_gradient_of_the_kl_in_the_loss_pulls_to_the_reference(tmp_path: Pat
 def test_ptx_adds_the_gradient_of_the_pretraining_loss() -> None:
     """A minibatch whose advantages are 0 leaves that gradient alone: Adam's first step is the one of train_sft.py."""
     run = tiny.finished_run()
-    texts = [data.Example([1], [2, 3, 4]), data.Example([5, 6], [7]), data.Example([3], [9, 8])]
+    texts = [Example([1], [2, 3, 4]), Example([5, 6], [7]), Example([3], [9, 8])]
     rollout = rollout_of([0, 0, 1], [1.0, 1.0, 1.0])
     known = {name: value.float() if value.is_floating_point() else value for name, value in vars(rollout).items()}
     zeros = torch.zeros_like(known["values"])
     minibatch = train_ppo.Experience(**known, advantages=zeros, returns=zeros)
     expected = GPT.from_pretrained(run / "sft" / "model")
     sft = train_sft.State(expected, adamw(expected, learning_rate=1e-2, eps=1e-5))
-    seen = train_sft.train_step(sft, data.pad(texts), micro_batch_tokens=1000, max_grad_norm=1e9)
+    seen = train_sft.train_step(sft, pad(texts), micro_batch_tokens=1000, max_grad_norm=1e9)
     for tokens in (1, 1000):
         policy = GPT.from_pretrained(run / "sft" / "model")
         state = train_ppo.State(policy, None, adamw(policy, learning_rate=1e-2, eps=1e-5), None, None)
         changes = {"ptx_coefficient": 2.5, "ptx_data": "texts", "max_grad_norm": 1e9, "micro_batch_tokens": tokens}
         config = replace(tiny.ppo_config(run), **SETTINGS["rloo"], **changes)
-        metrics = ppo_update.train_step(state, minibatch, config, pretraining=data.pad(texts))
+        metrics = ppo_update.train_step(state, minibatch, config, pretraining=pad(texts))
         assert metrics["ptx_loss"].item() == pytest.approx(2.5 * seen["loss"].item(), rel=1e-5)
         assert float(metrics["policy_grad_norm"]) == pytest.approx(2.5 * float(seen["grad_norm"]), rel=1e-4)
     with_policy = torch.where(rollout.mask, doubles([1.0, -1.0, 0.5])[:, None], 0.0).float()
     norms = []
-    for pretraining in (None, data.pad(texts)):
+    for pretraining in (None, pad(texts)):
         policy = GPT.from_pretrained(run / "sft" / "model")
         state = train_ppo.State(policy, None, adamw(policy, learning_rate=0.0), None, None)
         metrics = ppo_update.train_step(

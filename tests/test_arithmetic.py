@@ -12,10 +12,12 @@ import pytest
 import tiny
 from labelling import benchmark
 
-from minirlhf import data, rewards, tokenizer
-from minirlhf.metrics import read_rows
+from minirlhf import data, reward_functions, tokenizer
+from minirlhf.batch import pad
+from minirlhf.encode import encode_demonstrations
 from minirlhf.model import GPT, GPTConfig
-from minirlhf.rewards import arithmetic
+from minirlhf.reward_functions import arithmetic
+from minirlhf.runs.log import read_rows
 
 
 @pytest.fixture
@@ -53,9 +55,9 @@ def test_the_longest_worked_answer_has_room(study: ModuleType) -> None:
     longest = f" {9 + 9}\n".replace(
         " 18\n", " 9+9=18\n18+9=27\n27+9=36\n#### 36"
     )  # largest numbers, each of two digits
-    assert rewards.final_answer(longest) == 9 * study.make_arithmetic.TERMS
-    (row,) = data.encode_demonstrations(encoding, [{"prompt": "9+9+9+9", "response": longest}], max_length=64)
-    assert data.pad([row]).mask.sum() <= study.LONGEST
+    assert reward_functions.final_answer(longest) == 9 * study.make_arithmetic.TERMS
+    (row,) = encode_demonstrations(encoding, [{"prompt": "9+9+9+9", "response": longest}], max_length=64)
+    assert pad([row]).mask.sum() <= study.LONGEST
 
 
 def test_what_is_counted_as_right(study: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from minirlhf import attention
-from minirlhf.attention import attend, attend_plainly
+from minirlhf import model
+from minirlhf.model import attend, attend_plainly
 
 
 def slow(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ def visible_keys(width: int, keys: int) -> Tensor:
 @pytest.mark.parametrize("way", [attend, attend_plainly])
 def test_both_ways_are_the_formula(way: object, width: int, keys: int, masked: bool) -> None:
     q, k, v = inputs(width, keys, torch.float64)
-    visible = visible_keys(width, keys) if masked else attention.causal(width).expand(2, 1, width, width)
+    visible = visible_keys(width, keys) if masked else model.causal(width).expand(2, 1, width, width)
     found = way(q, k, v, visible if masked or way is attend_plainly else None)
     torch.testing.assert_close(found, slow(q, k, v, visible))
 
@@ -52,8 +52,8 @@ def test_both_ways_are_the_formula(way: object, width: int, keys: int, masked: b
 def test_bfloat16_on_a_cpu_takes_the_plain_way_up_to_short_rows(masked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Values and gradients are those of the fused kernel, to bfloat16; longer rows and float32 never get there."""
     taken = []
-    monkeypatch.setattr(attention, "SHORT", 6)
-    monkeypatch.setattr(attention, "attend_plainly", lambda *a: taken.append(len(a)) or attend_plainly(*a))
+    monkeypatch.setattr(model, "SHORT", 6)
+    monkeypatch.setattr(model, "attend_plainly", lambda *a: taken.append(len(a)) or attend_plainly(*a))
     results = {}
     for name, width, dtype in (("short", 6, torch.bfloat16), ("exact", 6, torch.float32), ("long", 7, torch.bfloat16)):
         parts = inputs(width, width, dtype)

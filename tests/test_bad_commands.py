@@ -21,10 +21,13 @@ import torch
 from test_bad_input import CASES
 from test_resume import MODULES
 
-from minirlhf import checkpoint, data, hf_folder, tokenizer
+from minirlhf import tokenizer
+from minirlhf.config import run_script
+from minirlhf.files import write_records
+from minirlhf.hf import folder
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel
-from minirlhf.runtime import run_script
+from minirlhf.runs import checkpoint, lock
 
 ROOT = Path(__file__).parent.parent
 PAIR = {"prompt": "p:", "chosen": " a", "rejected": " b"}
@@ -143,11 +146,11 @@ def make_files(folder: Path) -> Path:
     for name, content, *_ in CASES:
         if name in MALFORMED:
             (folder / f"bad-{MALFORMED.index(name)}.jsonl").write_bytes(content)
-    data.write_records(folder / "pair.jsonl", [PAIR])
-    data.write_records(folder / "one.jsonl", [{"prompt": "p:", "response": " r"}])
-    data.write_records(folder / "long.jsonl", [{"prompt": "p:", "response": " r" * 500}])
-    data.write_records(folder / "prompt.jsonl", [{"prompt": "p:"}])
-    data.write_records(folder / "blank.jsonl", [{"prompt": "p:"}, {"prompt": " "}])
+    write_records(folder / "pair.jsonl", [PAIR])
+    write_records(folder / "one.jsonl", [{"prompt": "p:", "response": " r"}])
+    write_records(folder / "long.jsonl", [{"prompt": "p:", "response": " r" * 500}])
+    write_records(folder / "prompt.jsonl", [{"prompt": "p:"}])
+    write_records(folder / "blank.jsonl", [{"prompt": "p:"}, {"prompt": " "}])
     for name, config in (("broken", "{"), ("bert", json.dumps({"model_type": "bert"}))):
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(config)
@@ -205,7 +208,7 @@ def test_a_mistake_is_one_clear_error_before_any_weights(
 
     module: ModuleType = MODULES[script]
     before = tree(files)
-    monkeypatch.setattr(hf_folder, "safe_open", loaded)
+    monkeypatch.setattr(folder, "safe_open", loaded)
     for kind in (GPT, RewardModel):
         monkeypatch.setattr(kind, "from_pretrained", loaded)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -242,7 +245,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     if not process:
         os.setuid(65_534)  # the superuser may write everywhere
         try:
-            checkpoint.require_writable(tmp_path / "run")
+            lock.require_writable(tmp_path / "run")
         except Exception as error:
             os._exit(7 if "read-only for you; give another --run" in str(error) else 1)
         os._exit(0)

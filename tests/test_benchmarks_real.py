@@ -16,7 +16,8 @@ import linear
 import paired
 import reward_recipe
 
-from minirlhf import data
+from minirlhf.batch import Example
+from minirlhf.comparisons import Comparison
 
 
 def record(turn: str, number: int) -> dict[str, str]:
@@ -101,8 +102,8 @@ def test_noise_is_not_learnt_across_folds():
 
 
 def test_dropped_tokens_leave_prompt_and_eos():
-    example = data.Example([1, 2], [*range(3, 103), 7])
-    pair = data.Comparison([example, example], [(0, 1)])
+    example = Example([1, 2], [*range(3, 103), 7])
+    pair = Comparison([example, example], [(0, 1)])
     thin = reward_recipe.drop_tokens(pair, 0.25, random.Random(0))
     for e in thin.examples:
         assert e.prompt_ids == [1, 2] and e.response_ids[-1] == 7 and 60 < len(e.response_ids) < 92

@@ -14,10 +14,12 @@ import torch
 from tiny import ENCODING, PROMPTS
 
 import train_ppo
-from minirlhf import calibration, data
-from minirlhf.calibration import Pairs, bins_of, expected_calibration_error, score_pairs, summarise
-from minirlhf.ensemble import RewardEnsemble, combine
-from minirlhf.reward import RewardModel
+from minirlhf import data
+from minirlhf.batch import pad
+from minirlhf.encode import encode_comparison, encode_example, split_by_prompt
+from minirlhf.evaluate import calibration
+from minirlhf.evaluate.calibration import Pairs, bins_of, expected_calibration_error, score_pairs, summarise
+from minirlhf.reward import RewardEnsemble, RewardModel, combine
 from minirlhf.runtime import UserError
 
 # ------------------------------------------------------------------------------------------------------------- ensemble
@@ -44,7 +46,7 @@ def test_an_ensemble_scores_like_its_members() -> None:
     members = [RewardModel.from_pretrained(folder) for _ in range(2)]
     with torch.no_grad():
         members[1].score.weight.mul_(-2)
-    batch = data.pad([data.encode_example(ENCODING, p, " Yes.", max_length=96) for p in PROMPTS[:3]])
+    batch = pad([encode_example(ENCODING, p, " Yes.", max_length=96) for p in PROMPTS[:3]])
     one, two = (member(batch.tokens, batch.lengths) for member in members)
     ensemble = RewardEnsemble(members, aggregate="worst")
     torch.testing.assert_close(ensemble(batch.tokens, batch.lengths), torch.minimum(one, two))
@@ -133,7 +135,7 @@ def test_pairs_are_scored_with_the_scale_of_training() -> None:
     found = score_pairs(model, ENCODING, records, scale=3.0, max_tokens=64)
 
     def score(prompt: str, text: str) -> float:
-        batch = data.pad([data.encode_example(ENCODING, prompt, text, max_length=96)])
+        batch = pad([encode_example(ENCODING, prompt, text, max_length=96)])
         return model(batch.tokens, batch.lengths).item()
 
     r = [score(PROMPTS[0], text) for text in texts]
@@ -141,7 +143,7 @@ def test_pairs_are_scored_with_the_scale_of_training() -> None:
     expected = [r[0] - r[2], r[1] - r[0], r[1] - r[2], other]
     np.testing.assert_allclose(found.margins, 3 * np.array(expected), atol=1e-5)  # float32 in another batch
     assert found.sources == ["x and x", "x and y", "x and y", ""]
-    lengths = [len(data.encode_example(ENCODING, PROMPTS[0], text, max_length=96).response_ids) for text in texts]
+    lengths = [len(encode_example(ENCODING, PROMPTS[0], text, max_length=96).response_ids) for text in texts]
     assert found.longer[0] == lengths[0] - lengths[2]
 
 
@@ -150,8 +152,8 @@ def test_the_command_measures_what_training_held_out(tmp_path: Path, capsys: pyt
     summary = calibration.main(calibration.Config(run=run, device="cpu"))
     config = tiny.reward_config(run)
     records = data.load(run / "feedback" / "rankings.jsonl", "pairs")
-    _, held_out = data.split_by_prompt(records, share=config.validation_share, seed=config.seed)
-    every = [data.encode_comparison(ENCODING, record, max_length=96) for record in held_out]
+    _, held_out = split_by_prompt(records, share=config.validation_share, seed=config.seed)
+    every = [encode_comparison(ENCODING, record, max_length=96) for record in held_out]
     assert summary["pairs"] == sum(len(c.pairs) for c in every if c)
     last = json.loads((run / "reward" / "metrics.jsonl").read_text().splitlines()[-1])
     assert summary["accuracy"] == pytest.approx(last["validation_accuracy"], abs=1e-6)

@@ -11,14 +11,15 @@ import pytest
 import tiny
 from tiny import ENCODING, EOS
 
-from minirlhf import data, tokenizer
+from minirlhf import tokenizer
+from minirlhf.encode import encode_prompt
 from minirlhf.feedback import candidates
 from minirlhf.feedback.candidates import Source, read_candidates, sample_candidates
-from minirlhf.feedback.collect import response_text
+from minirlhf.files import file_hash, write_records
 from minirlhf.generate import generate
-from minirlhf.metrics import file_hash
 from minirlhf.model import GPT
 from minirlhf.runtime import Stream, UserError
+from minirlhf.tokenizer import response_text
 
 SETTINGS = {"max_new_tokens": 6, "seed": 5}
 
@@ -36,7 +37,7 @@ def test_answers_come_in_turn_from_every_source_without_duplicates() -> None:
     for i, (prompt, record) in enumerate(zip(prompts, records, strict=True)):
         distinct: dict[str, tuple] = {}
         for n in range(6):
-            source, ids = made[n % 4], [data.encode_prompt(ENCODING, prompt)]
+            source, ids = made[n % 4], [encode_prompt(ENCODING, prompt)]
             keys = [(Stream.FEEDBACK, i, n)]
             sample = generate(source.policy, ids, eos_id=EOS, temperature=source.temperature, keys=keys, **SETTINGS)
             (answer,) = sample.response_ids()
@@ -109,7 +110,7 @@ def test_models_with_other_tokenizers_are_refused(run: Path) -> None:
 
 
 def test_prompts_too_long_for_the_model_are_cut(run: Path, capsys: pytest.CaptureFixture) -> None:
-    data.write_records(run / "long.jsonl", [{"prompt": f"\n\nHuman: {'lion ' * 200}?\n\nAssistant:"}])
+    write_records(run / "long.jsonl", [{"prompt": f"\n\nHuman: {'lion ' * 200}?\n\nAssistant:"}])
     (record,) = read_candidates(candidates.main(config(run, prompts=str(run / "long.jsonl"), temperatures=(1.5,))))
     assert len(record.responses) >= 2 and "lost the start of their prompt" in capsys.readouterr().out
 

@@ -17,12 +17,13 @@ import tiny
 import torch
 from test_generate import EOS, lively, responses, some_prompts
 
-from minirlhf import chat, data, dialogue, tokenizer
-from minirlhf.feedback.collect import response_text
+from minirlhf import chat, dialogue, tokenizer
+from minirlhf.encode import encode_prompt
 from minirlhf.generate import generate, stream
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import DivergenceError, Interrupted, Stream, UserError, interruptible
+from minirlhf.tokenizer import response_text
 
 ENCODING = tiny.ENCODING
 LIMIT = 6
@@ -46,7 +47,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, settings: chat.Config, *lines: str) ->
 def expected(folder: Path, prompt: str, number: int, **settings: object) -> str:
     """The reply to question `number`, from `generate`."""
     settings = {"temperature": 1.0, "seed": 0, "max_new_tokens": LIMIT, **settings}
-    ids = data.encode_prompt(ENCODING, prompt)
+    ids = encode_prompt(ENCODING, prompt)
     keys = [(Stream.CHAT, number)]
     samples = generate(GPT.from_pretrained(folder), [ids], eos_id=tiny.EOS, keys=keys, **settings)
     return response_text(ENCODING, samples.response_ids()[0])
@@ -168,7 +169,7 @@ def test_a_long_dialogue_loses_its_start(run: Path, monkeypatch: pytest.MonkeyPa
     assert len(replies) == 1, "said once"
     lengths = [len(prompt) for prompt, _ in asked]
     assert max(lengths) == lengths[-1] == 96 - 60
-    end = data.encode_prompt(ENCODING, f"\n\nHuman: {questions[-1]}\n\nAssistant:")
+    end = encode_prompt(ENCODING, f"\n\nHuman: {questions[-1]}\n\nAssistant:")
     assert asked[-1][0][-len(end) :] == end, "the question itself stays"
 
 
@@ -187,7 +188,7 @@ def test_commands(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     lines = ("one", "/temp 0", "two", "/reset", "/temp -1", "/temp hot", "/temp", "/dance", "three", "/quit", "four")
     talk(monkeypatch, config(run, temperature=0.5), *lines)
     assert [temperature for _, temperature in asked] == [0.5, 0.0, 0.0]
-    assert asked[2][0] == data.encode_prompt(ENCODING, "\n\nHuman: three\n\nAssistant:"), "the dialogue was forgotten"
+    assert asked[2][0] == encode_prompt(ENCODING, "\n\nHuman: three\n\nAssistant:"), "the dialogue was forgotten"
     assert len(asked[1][0]) > len(asked[2][0])
     said = capsys.readouterr().err
     for words in ("a new dialogue", "/temp -1: must be a number", "/temp hot: must be a number", "/dance: no such"):
@@ -203,7 +204,7 @@ def test_two_models_hear_the_same_question_and_are_scored(
     settings = config(run, "sft", "dpo", reward_model=str(run / "reward" / "model"), max_new_tokens=limit)
     talk(monkeypatch, settings, question)
     prompt = f"\n\nHuman: {question}\n\nAssistant:"
-    ids = data.encode_prompt(ENCODING, prompt)
+    ids = encode_prompt(ENCODING, prompt)
     reward_model = RewardModel.from_pretrained(run / "reward" / "model")
     shown, scores = [], []
     for stage in ("sft", "dpo"):

@@ -24,13 +24,13 @@ import torch
 from safetensors.torch import load_file
 from test_resume import EVERY, NEEDS, exit_code, forked
 
-from minirlhf import checkpoint
-from minirlhf.checkpoint import Manifest, store
-from minirlhf.checkpoint.manifest import own_hash
-from minirlhf.metrics import LOGS, file_hash
+from minirlhf.files import file_hash
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw
 from minirlhf.ppo import AdaptiveKL
+from minirlhf.runs import checkpoint
+from minirlhf.runs.checkpoint import Manifest, own_hash
+from minirlhf.runs.log import LOGS
 from minirlhf.runtime import UserError
 
 
@@ -125,7 +125,7 @@ def test_a_clone_stays_when_the_state_moves_on() -> None:
     train(state)
     before, clone = bits(state), checkpoint.parts(state).clone()
     train(state)
-    store.restore(other, clone)
+    checkpoint.restore(other, clone)
     assert bits(other) == before != bits(state)
 
 
@@ -206,7 +206,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint_whole(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store, function, full)
+    monkeypatch.setattr(checkpoint, function, full)
     with pytest.raises(checkpoint.DiskFull, match=r"No space left.* bytes needed, .* free.*--resume"):
         save(tmp_path, state)
     other = new_state(2)

@@ -17,7 +17,8 @@ from torch import Tensor
 
 import train_dpo
 import train_ppo
-from minirlhf import data
+from minirlhf.batch import Batch, Example, pad
+from minirlhf.comparisons import Comparison, pad_comparisons
 from minirlhf.dpo import dpo_loss
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw, linear_schedule, set_learning_rate
@@ -47,9 +48,9 @@ def all_responses() -> list[list[int]]:
 
 
 RESPONSES = all_responses()
-EXAMPLES = [data.Example(PROMPT, ids) for ids in RESPONSES]
-EVERYTHING = data.pad(EXAMPLES)
-COMPARED = data.pad_comparisons([data.Comparison(EXAMPLES, [])])
+EXAMPLES = [Example(PROMPT, ids) for ids in RESPONSES]
+EVERYTHING = pad(EXAMPLES)
+COMPARED = pad_comparisons([Comparison(EXAMPLES, [])])
 REWARDS = torch.randn(len(RESPONSES), generator=torch.Generator().manual_seed(3))
 
 
@@ -67,7 +68,7 @@ def total_variation(p: Tensor, q: Tensor) -> float:
     return 0.5 * (p - q).abs().sum().item()
 
 
-def reward(batch: data.Batch) -> Tensor:
+def reward(batch: Batch) -> Tensor:
     return torch.stack([REWARDS[RESPONSES.index(ids)] for ids in batch.response_ids()])
 
 

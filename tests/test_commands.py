@@ -28,7 +28,9 @@ import pytest
 import tiny
 from pyarrow import parquet
 
-from minirlhf import data, runtime
+from minirlhf import config
+from minirlhf.config import run_script
+from minirlhf.files import write_records
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "log.md")]
@@ -120,8 +122,8 @@ def write_files(folder: Path) -> None:
         for p, a, b in ((p, f"It is {i}.", f"I do not know {i}.") for i, p in enumerate(tiny.PROMPTS * 2))
     ]
     for name in ("pairs.jsonl", "FILE", "imdb-pairs.jsonl"):
-        data.write_records(folder / name, pairs)
-    data.write_records(folder / "imdb-prompts.jsonl", [{"prompt": r["prompt"]} for r in pairs])
+        write_records(folder / name, pairs)
+    write_records(folder / "imdb-prompts.jsonl", [{"prompt": r["prompt"]} for r in pairs])
     alpaca = [{"instruction": r["prompt"], "input": "", "output": r["chosen"]} for r in pairs]
     (folder / "alpaca.json").write_text(json.dumps(alpaca))
     with gzip.open(folder / "hh.jsonl.gz", "wt") as file:
@@ -156,7 +158,7 @@ def smaller(preset: Any) -> Any:
 
 def run(command: Command, patch: pytest.MonkeyPatch, *, read_only: bool) -> None:
     """The command in this process, with small defaults; `read_only` stops behind the reading of its settings."""
-    original = runtime.run_script
+    original = run_script
 
     def small(main: Callable, presets: dict[str, Any], *, several: bool = False) -> None:
         presets = {name: smaller(preset) for name, preset in presets.items()}
@@ -167,7 +169,7 @@ def run(command: Command, patch: pytest.MonkeyPatch, *, read_only: bool) -> None
     for name, value in command.environment.items():
         patch.setenv(name, value)
     arguments = [os.path.expandvars(word) for word in command.words[1:]]
-    patch.setattr(runtime, "run_script", small)
+    patch.setattr(config, "run_script", small)
     patch.setattr(sys, "stdin", io.StringIO("What does the lion eat?\n/quit\n"))
     loaded = {name: module for name, module in sys.modules.items() if name.startswith("minirlhf")}
     try:

@@ -17,19 +17,25 @@ from test_bad_commands import assert_clear, make_files, tree
 from test_evaluate import score
 from tiny import ENCODING, EOS
 
-from minirlhf import comparison, data, evaluate, hf_folder, tokenizer
-from minirlhf.bootstrap import bootstrap_interval
-from minirlhf.comparison_table import table
-from minirlhf.diversity import distinct_n, self_overlap
-from minirlhf.feedback.collect import response_text
+from minirlhf import data, tokenizer
+from minirlhf.config import run_script
+from minirlhf.encode import Record, encode_prompt
+from minirlhf.evaluate import __main__ as evaluate
+from minirlhf.evaluate import comparison, evaluation
+from minirlhf.evaluate.bootstrap import bootstrap_interval
+from minirlhf.evaluate.diversity import distinct_n, self_overlap
+from minirlhf.evaluate.judges import JudgeModel, ModelFolder, RewardScorer, Sampled
+from minirlhf.evaluate.table import table
+from minirlhf.evaluate.win_rate import length_controlled
+from minirlhf.evaluate.words import RUDE_WORDS, WordList
 from minirlhf.feedback.judge_model import comparison_text
+from minirlhf.files import write_records
 from minirlhf.generate import generate
-from minirlhf.judges import JudgeModel, ModelFolder, RewardScorer, Sampled
+from minirlhf.hf import folder
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel
-from minirlhf.runtime import Stream, UserError, run_script
-from minirlhf.win_rate import length_controlled
-from minirlhf.words import RUDE_WORDS, WordList
+from minirlhf.runtime import Stream, UserError
+from minirlhf.tokenizer import response_text
 from minirlhf.world import judge
 
 COUNT, SAMPLES = 6, 3
@@ -43,12 +49,12 @@ def config_of(models: tuple[str, ...], out: Path, **changes) -> comparison.Confi
     return comparison.Config(models=tuple(str(run / m) for m in models), **(settings | changes))
 
 
-def answers_in(out: Path) -> list[data.Record]:
+def answers_in(out: Path) -> list[Record]:
     return [json.loads(line) for line in (out / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[data.Record], Path]:
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, list[Record], Path]:
     """A comparison with everything that can be asked for; the judge model is a model that was taught no verdicts."""
     out, run = tmp_path_factory.mktemp("comparison"), tiny.finished_run()
     more = {"judge": "world", "judge_model": str(run / "sft"), "reward_model": str(run / "reward")}
@@ -61,13 +67,13 @@ def load(stage: str) -> GPT:
 
 
 def sampled_alone(model: GPT, i: int, k: int) -> list[int]:
-    prompt = data.encode_prompt(ENCODING, PROMPTS[i])
+    prompt = encode_prompt(ENCODING, PROMPTS[i])
     keys = [(Stream.EVALUATION, i, k)]
     limits = {"max_new_tokens": tiny.LONGEST, "eos_id": EOS, "seed": tiny.SEED}
     return generate(model, [prompt], keys=keys, **limits).response_ids()[0]
 
 
-def of(answers: list[data.Record], model: str, name: str) -> np.ndarray:
+def of(answers: list[Record], model: str, name: str) -> np.ndarray:
     """(P, K) a figure of all answers of a model."""
     return np.array([a[name] for a in answers if a["model"] == model]).reshape(COUNT, SAMPLES)
 
@@ -79,7 +85,7 @@ def test_every_answer_by_its_definition(whole: tuple) -> None:
     expected = [(m, i, k) for m in ("sft", "ppo") for i in range(COUNT) for k in range(SAMPLES)]
     models = {name: load(name) for name in ("sft", "ppo")}
     for answer, (model, i, k) in zip(answers, expected, strict=True):
-        ids, prompt = sampled_alone(models[model], i, k), data.encode_prompt(ENCODING, PROMPTS[i])
+        ids, prompt = sampled_alone(models[model], i, k), encode_prompt(ENCODING, PROMPTS[i])
         assert (answer["model"], answer["prompt"], answer["sample"]) == (model, PROMPTS[i], k)
         assert answer["response"] == response_text(ENCODING, ids)
         assert (answer["length"], answer["finished"]) == (len(ids), ids[-1] == EOS)
@@ -125,7 +131,7 @@ def probability_of_a(text: str) -> float:
     """P(" A") among " A" and " B" after a text that may be longer than the context."""
     model = load("sft")
     verdicts = [tokenizer.encode(ENCODING, v) for v in (" A", " B")]
-    ids = data.encode_prompt(ENCODING, text)[-(model.config.n_positions - max(map(len, verdicts))) :]
+    ids = encode_prompt(ENCODING, text)[-(model.config.n_positions - max(map(len, verdicts))) :]
     a, b = (tiny.response_logprobs(model, ids, verdict).sum() for verdict in verdicts)
     return torch.sigmoid(a - b).item()
 
@@ -243,7 +249,7 @@ def test_a_function_judges_text_that_is_not_of_the_world(tmp_path: Path) -> None
     file = tmp_path / "prompts.jsonl"
     long = " ".join(["more"] * 300)  # loses its start for the models, and not for the judge
     prompts = ["Write a haiku.", f"Summarise: {long}"]
-    data.write_records(file, [{"prompt": prompt} for prompt in prompts])
+    write_records(file, [{"prompt": prompt} for prompt in prompts])
     more = {"prompts": str(file), "judge": "test_comparison:longest_word"}
     summary = comparison.main(config_of(("sft", "ppo"), tmp_path / "out", **more))
     answers = answers_in(tmp_path / "out")
@@ -363,7 +369,7 @@ def test_a_mistake_is_one_clear_error_before_any_weights(
 
     places = {"run": files / "run", "file": files}
     before = tree(files)
-    monkeypatch.setattr(hf_folder, "safe_open", loaded)
+    monkeypatch.setattr(folder, "safe_open", loaded)
     for kind in (GPT, RewardModel):
         monkeypatch.setattr(kind, "from_pretrained", loaded)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -379,7 +385,7 @@ def test_a_mistake_is_one_clear_error_before_any_weights(
 def test_help_is_about_what_was_asked() -> None:
     assert evaluate.command(["A", "B", "--help"])[2] == comparison.__doc__
     for arguments in ([], ["--help"], ["--run", "A"]):
-        assert evaluate.command(arguments) == (evaluate.main, evaluate.PRESETS, evaluate.__doc__)
+        assert evaluate.command(arguments) == (evaluation.main, evaluation.PRESETS, evaluation.__doc__)
 
 
 def test_words_first_are_models_and_flags_first_are_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ from torch import Tensor
 
 import train_dpo
 import train_reward
-from minirlhf import data
-from minirlhf.data import Comparison, Example
+from minirlhf.batch import Batch, Example, pad
+from minirlhf.comparisons import Comparison, PairBatch, over_comparisons, pad_comparisons, pair_numbers
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel
 
@@ -35,8 +35,8 @@ def new_gpt() -> GPT:
     return gpt
 
 
-def apart(group: list[Comparison]) -> data.Batch:
-    return data.pad([e for c in group for e in c.examples])
+def apart(group: list[Comparison]) -> Batch:
+    return pad([e for c in group for e in c.examples])
 
 
 def gradients(model: torch.nn.Module, values: Tensor) -> list[Tensor]:
@@ -49,7 +49,7 @@ def gradients(model: torch.nn.Module, values: Tensor) -> list[Tensor]:
 @settings(deadline=None, derandomize=True, max_examples=30)
 def test_logprobs_and_their_gradients_are_those_of_rows_apart(group: list[Comparison]) -> None:
     gpt, rows = new_gpt(), apart(group)
-    shared = train_dpo.seq_logprobs(gpt, data.pad_comparisons(group))
+    shared = train_dpo.seq_logprobs(gpt, pad_comparisons(group))
     expected = gpt.logprobs(rows.tokens, rows.mask).sum(dim=1)
     torch.testing.assert_close(shared, expected, atol=1e-12, rtol=1e-12)
     for got, want in zip(gradients(gpt, shared), gradients(gpt, expected), strict=True):
@@ -60,7 +60,7 @@ def test_logprobs_and_their_gradients_are_those_of_rows_apart(group: list[Compar
 @settings(deadline=None, derandomize=True, max_examples=30)
 def test_scores_and_their_gradients_are_those_of_rows_apart(group: list[Comparison]) -> None:
     model, rows = RewardModel.from_gpt(new_gpt(), generator=torch.Generator().manual_seed(0)).double(), apart(group)
-    shared = train_reward.response_scores(model, data.pad_comparisons(group))
+    shared = train_reward.response_scores(model, pad_comparisons(group))
     expected = model(rows.tokens, rows.lengths)
     torch.testing.assert_close(shared, expected, atol=1e-12, rtol=1e-12)
     for got, want in zip(gradients(model, shared), gradients(model, expected), strict=True):
@@ -70,7 +70,7 @@ def test_scores_and_their_gradients_are_those_of_rows_apart(group: list[Comparis
 @given(comparisons)
 @settings(deadline=None, derandomize=True, max_examples=30)
 def test_the_places_name_the_tokens(group: list[Comparison]) -> None:
-    batch, flat = data.pad_comparisons(group), data.pad_comparisons(group).tokens.flatten()
+    batch, flat = pad_comparisons(group), pad_comparisons(group).tokens.flatten()
     examples = [e for c in group for e in c.examples]
     for number, example in enumerate(examples):
         mine = batch.owners == number
@@ -84,8 +84,8 @@ def test_the_places_name_the_tokens(group: list[Comparison]) -> None:
 
 
 def test_a_query_reads_the_prompt_and_its_own_response_up_to_itself() -> None:
-    batch = data.pad_comparisons([Comparison([Example([1, 2], [3, 4]), Example([1, 2], [5])], [(0, 1)])])
-    wide = data.pad_comparisons([Comparison([Example([1], [2])], []), Comparison([Example([1] * 4, [2])], [])])
+    batch = pad_comparisons([Comparison([Example([1, 2], [3, 4]), Example([1, 2], [5])], [(0, 1)])])
+    wide = pad_comparisons([Comparison([Example([1], [2])], []), Comparison([Example([1] * 4, [2])], [])])
     assert batch.visible[0, 0].int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -100,7 +100,7 @@ def test_a_query_reads_the_prompt_and_its_own_response_up_to_itself() -> None:
 def test_a_row_may_be_longer_than_the_context_as_long_as_each_response_fits() -> None:
     group = [Comparison([Example([1] * 5, [2] * 5), Example([1] * 5, [3] * 5)], [(0, 1)])]
     assert group[0].length == 15 > CONFIG.n_positions
-    assert train_dpo.seq_logprobs(new_gpt(), data.pad_comparisons(group)).isfinite().all()
+    assert train_dpo.seq_logprobs(new_gpt(), pad_comparisons(group)).isfinite().all()
 
 
 def test_answers_to_different_prompts_are_no_comparison() -> None:
@@ -111,12 +111,12 @@ def test_answers_to_different_prompts_are_no_comparison() -> None:
 @given(comparisons, st.integers(1, 60))
 @settings(deadline=None, derandomize=True, max_examples=30)
 def test_numbers_of_all_comparisons_come_back_in_order(group: list[Comparison], budget: int) -> None:
-    def sizes(batch: data.PairBatch) -> Tensor:  # a number that tells the responses apart
+    def sizes(batch: PairBatch) -> Tensor:  # a number that tells the responses apart
         return torch.zeros(len(batch.ends)).index_add(
             0, batch.owners, batch.tokens.flatten()[batch.targets].float() + 1
         )
 
-    values = data.over_comparisons(sizes, group, budget, CPU)
+    values = over_comparisons(sizes, group, budget, CPU)
     assert [v.tolist() for v in values] == [
         [sum(e.response_ids) + len(e.response_ids) for e in c.examples] for c in group
     ]
@@ -125,5 +125,5 @@ def test_numbers_of_all_comparisons_come_back_in_order(group: list[Comparison], 
 def test_pairs_are_numbered_through() -> None:
     first = Comparison([Example([1], [2]), Example([1], [3])], [(1, 0)])
     second = Comparison([Example([4], [5]), Example([4], [6]), Example([4], [7])], [(0, 2), (1, 2)])
-    assert data.pair_numbers([first, second]).tolist() == [[1, 0], [2, 4], [3, 4]]
-    assert data.pair_numbers([Comparison([Example([1], [2])], [])]).shape == (0, 2)
+    assert pair_numbers([first, second]).tolist() == [[1, 0], [2, 4], [3, 4]]
+    assert pair_numbers([Comparison([Example([1], [2])], [])]).shape == (0, 2)

@@ -13,6 +13,7 @@ import torch
 from tiny import ENCODING
 
 from minirlhf import data
+from minirlhf.encode import encode_prompt
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel
 
@@ -50,7 +51,7 @@ def test_a_new_model_has_the_settings_of_gpt2() -> None:
 def rows() -> list[list[int]]:
     """Prompts with their sampled answers, of unequal length."""
     records = data.load(tiny.finished_run() / "feedback" / "rankings.jsonl", "pairs")
-    return [data.encode_prompt(ENCODING, r["prompt"]) + r["response_ids"][0] for r in records]
+    return [encode_prompt(ENCODING, r["prompt"]) + r["response_ids"][0] for r in records]
 
 
 @pytest.mark.parametrize("stage", ["sft", "ppo", "dpo"])

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirlhf import data
-from minirlhf.diversity import distinct_n, ngrams, self_overlap
+from minirlhf.evaluate.diversity import distinct_n, ngrams, self_overlap
+from minirlhf.evaluate.words import RUDE_WORDS, WordList
 from minirlhf.runtime import UserError
-from minirlhf.words import RUDE_WORDS, WordList
 from minirlhf.world.judge import RUDENESS
 
 texts = st.lists(

@@ -12,8 +12,9 @@ import pytest
 import tiny
 
 import train_dpo
-from minirlhf import comparison, evaluate, online_dpo
+from minirlhf import online_dpo
 from minirlhf.data import readers
+from minirlhf.evaluate import comparison, evaluation
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -46,7 +47,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.run_stage("ppo", run, stage="ppo-more", iterations=1, **more)
     online_dpo.main(tiny.online_dpo_config(run))
     settings = {"prompts": run / "prompts.jsonl", "max_prompts": 4, "best_of": (2,), "max_new_tokens": tiny.LONGEST}
-    evaluate.main(evaluate.Config(run=run, device="cpu", **settings))
+    evaluation.main(evaluation.Config(run=run, device="cpu", **settings))
     judges = {"judge": "world", "judge_model": str(run / "sft"), "reward_model": str(run / "reward")}
     settings |= {"models": (str(run / "sft"), str(run / "ppo")), "prompts": str(run / "prompts.jsonl")} | judges
     settings.pop("best_of")

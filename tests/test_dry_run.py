@@ -16,10 +16,14 @@ from test_bad_commands import tree
 from torch.profiler import ProfilerActivity, profile
 
 import train_sft
-from minirlhf import dry_run, hf_folder, online_dpo, tokenizer
+from minirlhf import online_dpo, tokenizer
+from minirlhf.config import run_script
+from minirlhf.hf import folder
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel
-from minirlhf.runtime import UserError, run_script
+from minirlhf.runs import plan
+from minirlhf.runs.plan import Plan, activations, parameters
+from minirlhf.runtime import UserError
 
 NAMES = ("sft", "reward", "ppo", "dpo")
 
@@ -31,23 +35,23 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dry_run, "SECONDS", 1e-4)
+    monkeypatch.setattr(plan, "SECONDS", 1e-4)
 
 
 def no_weights(patch: pytest.MonkeyPatch) -> None:
     def loaded(*_: object, **__: object) -> None:
         raise AssertionError("weights were loaded")
 
-    patch.setattr(hf_folder, "safe_open", loaded)
+    patch.setattr(folder, "safe_open", loaded)
     patch.setattr(GPT, "_initialise", loaded)
     for kind in (GPT, RewardModel):
         patch.setattr(kind, "from_pretrained", loaded)
 
 
-def planned(patch: pytest.MonkeyPatch, work: Callable[[], object]) -> tuple[dry_run.Plan, int]:
+def planned(patch: pytest.MonkeyPatch, work: Callable[[], object]) -> tuple[Plan, int]:
     """The plan that a stage shows, and the bytes that it says."""
     with patch.context() as inner:
-        seen = tiny.spy(inner, dry_run, "memory_bytes")
+        seen = tiny.spy(inner, plan, "memory_bytes")
         work()
     (call,) = seen
     return call.arguments["plan"], call.result
@@ -75,7 +79,7 @@ def test_it_says_what_is_done_and_changes_nothing(
     else:
         whole_epochs = 0.02 if name == "sft" else 1e-6  # its last epoch is cut, and may have the longer rows
         assert plan.learned == pytest.approx(tokens, rel=whole_epochs)
-    trained = sum(map(dry_run.parameters, plan.trained))
+    trained = sum(map(parameters, plan.trained))
     assert f"{trained:,} in training" in out and re.search(r"memory      about [\d.]+ GiB on cpu", out)
     assert re.search(r"time        about \d\d:\d\d with matrix products at [\d,]+ GFLOP/s", out)
 
@@ -84,8 +88,8 @@ def test_parameters_are_those_of_the_model() -> None:
     for tied in (True, False):
         shape = GPTConfig(vocab_size=11, n_positions=8, n_layer=2, n_head=2, n_embd=8, tie_word_embeddings=tied)
         weights = dict(GPT(shape).named_parameters())
-        assert dry_run.parameters(shape) == sum(w.numel() for w in weights.values())
-        assert dry_run.parameters(shape, positions=False) == dry_run.parameters(shape) - weights["wpe.weight"].numel()
+        assert parameters(shape) == sum(w.numel() for w in weights.values())
+        assert parameters(shape, positions=False) == parameters(shape) - weights["wpe.weight"].numel()
 
 
 def test_a_new_run_gets_no_folder(tmp_path: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -190,8 +194,6 @@ def test_memory_is_about_what_is_said(
 
 def test_half_types_keep_less_and_checkpointing_least() -> None:
     shape = GPTConfig(vocab_size=11, n_positions=8, n_layer=12, n_head=2, n_embd=8)
-    whole, half = (
-        dry_run.activations(shape, 100, dtype, checkpointed=False) for dtype in (torch.float32, torch.bfloat16)
-    )
+    whole, half = (activations(shape, 100, dtype, checkpointed=False) for dtype in (torch.float32, torch.bfloat16))
     assert (whole, half) == (64 * 100 * 12 * 8, 38 * 100 * 12 * 8)  # as in docs/scaling.md
-    assert dry_run.activations(shape, 100, torch.float32, checkpointed=True) == 4 * 100 * 12 * 8 + 64 * 100 * 8
+    assert activations(shape, 100, torch.float32, checkpointed=True) == 4 * 100 * 12 * 8 + 64 * 100 * 8

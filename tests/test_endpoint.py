@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from minirlhf import data
 from minirlhf.feedback import endpoint as client
 from minirlhf.feedback import endpoint_judge
 from minirlhf.feedback.calls import CallLog
 from minirlhf.feedback.endpoint import Endpoint, retry_after, share_of
 from minirlhf.feedback.labels import read_labels
+from minirlhf.files import write_records
 from minirlhf.runtime import UserError
 
 KEY = "secret-key-0123"
@@ -327,9 +327,7 @@ def test_candidates_are_labelled_in_both_orders(stub, tmp_path: Path, monkeypatc
 
     stub.answers = [judge]
     names = ["one", "two", "mute"]
-    data.write_records(
-        tmp_path / "c.jsonl", [{"prompt": f"Question {n}?", "responses": [" good", " bad"]} for n in names]
-    )
+    write_records(tmp_path / "c.jsonl", [{"prompt": f"Question {n}?", "responses": [" good", " bad"]} for n in names])
     monkeypatch.setenv("MY_KEY", KEY)
     config = endpoint_judge.Config(
         candidates=tmp_path / "c.jsonl",
@@ -356,7 +354,7 @@ def test_candidates_are_labelled_in_both_orders(stub, tmp_path: Path, monkeypatc
 
 def test_a_run_that_ran_out_of_budget_goes_on(stub, tmp_path: Path) -> None:
     rows_ = [{"prompt": f"Question {i}?", "responses": [" a", " b"]} for i in range(3)]
-    data.write_records(tmp_path / "c.jsonl", rows_)
+    write_records(tmp_path / "c.jsonl", rows_)
     files = {"candidates": tmp_path / "c.jsonl", "output": tmp_path / "l.jsonl", "calls": tmp_path / "calls.jsonl"}
     settings = {**files, "url": stub.url, "model": "m", "key_variable": "MINIRLHF_TEST_NO_KEY"}
     with pytest.raises(UserError, match="--max-calls 4: the budget"):

@@ -11,7 +11,9 @@ import tiny
 import torch
 
 import train_ppo
-from minirlhf import data, environment, rewards, tokenizer
+from minirlhf import data, reward_functions, tokenizer
+from minirlhf.batch import Example, pad
+from minirlhf.files import write_records
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import UserError
@@ -34,26 +36,29 @@ def config(tmp_path: Path) -> train_ppo.Config:
     """A policy that reads 40 tokens, a reward model that reads 24, and prompts of which some are longer than 16."""
     save_model(tmp_path / "sft" / "model", n_positions=40)
     save_model(tmp_path / "reward" / "model", n_positions=24, reward=True)
-    data.write_records(tmp_path / "asked.jsonl", [{"prompt": " ".join(["sea"] * n)} for n in (3, 20, 60)])
+    write_records(tmp_path / "asked.jsonl", [{"prompt": " ".join(["sea"] * n)} for n in (3, 20, 60)])
     return train_ppo.Config(run=tmp_path, prompts=str(tmp_path / "asked.jsonl"), max_new_tokens=8)
 
 
 def test_a_prompt_leaves_room_for_an_answer_in_every_model(config: train_ppo.Config, tmp_path: Path) -> None:
     asked = [tiny.ENCODING.encode(record["prompt"]) for record in data.load(config.prompts, "prompts")]
-    env = environment.read(config, environment.find(config))
+    env = reward_functions.read_environment(config, reward_functions.find_sources(config))
     assert [len(ids) for ids in env.prompts] == [min(len(ids), 24 - 8) for ids in asked]
     assert len(asked[0]) < 16 < len(asked[1]) and env.prompts[1] == asked[1][-16:]  # it loses its start
     assert env.texts == [record["prompt"] for record in data.load(config.prompts, "prompts")]  # uncut
     smaller = replace(config, policy=str(tmp_path / "small"))
     save_model(tmp_path / "small", n_positions=20)  # now the policy is the one that reads least
-    assert max(map(len, environment.read(smaller, environment.find(smaller)).prompts)) == 20 - 8
+    assert (
+        max(map(len, reward_functions.read_environment(smaller, reward_functions.find_sources(smaller)).prompts))
+        == 20 - 8
+    )
 
 
 def test_one_token_of_a_prompt_must_fit(config: train_ppo.Config) -> None:
-    env = environment.read(replace(config, max_new_tokens=23), environment.find(config))
+    env = reward_functions.read_environment(replace(config, max_new_tokens=23), reward_functions.find_sources(config))
     assert [len(ids) for ids in env.prompts] == [1, 1, 1]
     with pytest.raises(UserError, match="--max-new-tokens 24: .* no room for a prompt"):
-        environment.read(replace(config, max_new_tokens=24), environment.find(config))
+        reward_functions.read_environment(replace(config, max_new_tokens=24), reward_functions.find_sources(config))
 
 
 def test_the_sources_are_all_that_the_result_depends_on(
@@ -64,14 +69,14 @@ def test_the_sources_are_all_that_the_result_depends_on(
     own, other = tmp_path / "reward" / "model", tmp_path / "other"
     shutil.copytree(own, other)
     with_all = replace(config, ensemble=(str(other),), reward=("brief_env:f",), reward_model=str(own))
-    found = environment.find(with_all)
+    found = reward_functions.find_sources(with_all)
     assert list(map(Path, found.models)) == [tmp_path / "sft" / "model", own, other]
     assert found.files == [tmp_path / "asked.jsonl", tmp_path / "brief_env.py"]
-    assert list(environment.read(with_all, found).shapes) == list(found.models)
+    assert list(reward_functions.read_environment(with_all, found).shapes) == list(found.models)
     # A function alone, or with an ensemble: the run's own reward model is not asked unless it is named.
-    assert environment.find(replace(with_all, ensemble=(), reward_model=None)).reward_models == ()
-    assert list(map(Path, environment.find(replace(with_all, reward_model=None)).reward_models)) == [other]
-    assert list(map(Path, environment.find(config).reward_models)) == [own]
+    assert reward_functions.find_sources(replace(with_all, ensemble=(), reward_model=None)).reward_models == ()
+    assert list(map(Path, reward_functions.find_sources(replace(with_all, reward_model=None)).reward_models)) == [other]
+    assert list(map(Path, reward_functions.find_sources(config).reward_models)) == [own]
 
 
 def test_a_model_of_another_vocabulary_is_named_before_weights_are_read(
@@ -82,7 +87,7 @@ def test_a_model_of_another_vocabulary_is_named_before_weights_are_read(
     (tmp_path / "wide" / "model.safetensors").touch()
     wrong = replace(config, ensemble=(str(tmp_path / "wide"),))
     with pytest.raises(UserError, match="wide"):
-        environment.read(wrong, environment.find(wrong))
+        reward_functions.read_environment(wrong, reward_functions.find_sources(wrong))
 
 
 def test_who_scores(config: train_ppo.Config, tmp_path: Path) -> None:
@@ -91,17 +96,17 @@ def test_who_scores(config: train_ppo.Config, tmp_path: Path) -> None:
     other.normalise(0.5, 2.0)
     other.save_pretrained(tmp_path / "other")
     both = replace(config, ensemble=(str(tmp_path / "other"),), aggregate="worst")
-    members = environment.load_reward_models(environment.find(both), CPU)
+    members = reward_functions.load_reward_models(reward_functions.find_sources(both), CPU)
     assert not any(
         parameter.requires_grad or member.training for member in members for parameter in member.parameters()
     )
-    batch = data.pad([data.Example([1, 2, 3], [4, 5]), data.Example([6], [7, 8, 9])])
+    batch = pad([Example([1, 2, 3], [4, 5]), Example([6], [7, 8, 9])])
     with torch.no_grad():
         own, second = (member(batch.tokens, batch.lengths) for member in members)
-        score = environment.reward_of(both, members, {"f": lambda p, r: [10.0, 20.0]}, tiny.ENCODING)(batch)
-        alone = environment.reward_of(config, members[:1], {}, tiny.ENCODING)(batch)
-        function = environment.reward_of(config, [], {"f": lambda p, r: [10.0, 20.0]}, tiny.ENCODING)(batch)
+        score = reward_functions.reward_of(both, members, {"f": lambda p, r: [10.0, 20.0]}, tiny.ENCODING)(batch)
+        alone = reward_functions.reward_of(config, members[:1], {}, tiny.ENCODING)(batch)
+        function = reward_functions.reward_of(config, [], {"f": lambda p, r: [10.0, 20.0]}, tiny.ENCODING)(batch)
     assert not torch.equal(own, second)
     torch.testing.assert_close(score, torch.minimum(own, second) + torch.tensor([10.0, 20.0]))
     assert torch.equal(alone, own) and function.tolist() == [10.0, 20.0]
-    assert rewards.texts(tiny.ENCODING, batch)[0][1] == tiny.ENCODING.decode([6])
+    assert reward_functions.texts(tiny.ENCODING, batch)[0][1] == tiny.ENCODING.decode([6])

@@ -13,13 +13,15 @@ import tiny
 import torch
 from tiny import ENCODING, EOS
 
-from minirlhf import data, evaluate
-from minirlhf.evaluate import PARTS, Evaluator, best_of_n_kl, bootstrap_interval, table, wins
-from minirlhf.feedback.collect import response_text
+from minirlhf import data
+from minirlhf.encode import encode_prompt
+from minirlhf.evaluate import evaluation
+from minirlhf.evaluate.evaluation import PARTS, Evaluator, best_of_n_kl, bootstrap_interval, table, wins
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import Stream
+from minirlhf.tokenizer import response_text
 from minirlhf.world import judge
 
 PROMPTS = tiny.PROMPTS[:7]
@@ -60,9 +62,9 @@ def reward_model() -> RewardModel:
     return RewardModel.from_pretrained(tiny.finished_run() / "reward" / "model").requires_grad_(False)
 
 
-def config_of(run: Path, **changes) -> evaluate.Config:
+def config_of(run: Path, **changes) -> evaluation.Config:
     settings = {"max_new_tokens": tiny.LONGEST, "micro_batch_tokens": 100, "seed": tiny.SEED, "device": "cpu"}
-    return evaluate.Config(run=run, **(settings | changes))
+    return evaluation.Config(run=run, **(settings | changes))
 
 
 def length_judge(prompt: str, response: str) -> tuple[float, float, float, float]:
@@ -79,7 +81,7 @@ def evaluator() -> Evaluator:
 
 def sampled_alone(model: GPT, i: int, k: int) -> list[int]:
     """The answer of prompt i's stream k, at temperature 1."""
-    prompt = data.encode_prompt(ENCODING, PROMPTS[i])
+    prompt = encode_prompt(ENCODING, PROMPTS[i])
     samples = generate(
         model,
         [prompt],
@@ -98,7 +100,7 @@ def test_answers_come_from_the_evaluations_own_streams(evaluator: Evaluator) -> 
 
 
 def score(prompt: str, response: list[int]) -> float:
-    ids = data.encode_prompt(ENCODING, prompt) + response
+    ids = encode_prompt(ENCODING, prompt) + response
     return reward_model()(torch.tensor([ids]), torch.tensor([len(ids)])).item()
 
 
@@ -111,7 +113,7 @@ def test_every_measure_by_its_definition(evaluator: Evaluator) -> None:
     assert answers.finished.tolist() == [ids[-1] == EOS for ids in responses]
     assert answers.kl_bound is None
     for i, (prompt, response) in enumerate(zip(PROMPTS, responses, strict=True)):
-        ids = data.encode_prompt(ENCODING, prompt)
+        ids = encode_prompt(ENCODING, prompt)
         difference = tiny.response_logprobs(policy, ids, response) - tiny.response_logprobs(load("sft"), ids, response)
         assert answers.kl[i] == pytest.approx(difference.sum().item(), abs=1e-4)  # a sum of float32 numbers
         assert answers.reward[i] == pytest.approx(score(prompt, response), abs=1e-5)
@@ -144,7 +146,7 @@ def test_best_of_n_takes_the_best_by_reward_of_the_first_n(n: int, evaluator: Ev
         assert answers.reward[i] == pytest.approx(score(prompt, best), abs=1e-5)
 
 
-def answers_of(total: list[float], **changes) -> evaluate.Answers:
+def answers_of(total: list[float], **changes) -> evaluation.Answers:
     count = len(total)
     parts = np.stack([np.array(total), np.full(count, 0.1), np.full(count, 0.2), np.full(count, 0.3)], axis=1)
     settings = {
@@ -155,7 +157,7 @@ def answers_of(total: list[float], **changes) -> evaluate.Answers:
         "reward": np.full(count, 0.5),
         "parts": parts,
     }
-    return evaluate.Answers(**(settings | changes))
+    return evaluation.Answers(**(settings | changes))
 
 
 def test_the_summary_by_hand(evaluator: Evaluator) -> None:
@@ -213,9 +215,9 @@ def test_the_columns_of_the_table() -> None:
 # -------------------------------------------------------------------------------------------------- the whole of a run
 def test_the_summary_of_a_run_is_that_of_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward", "ppo", "dpo")
-    calls = tiny.spy(monkeypatch, evaluate, "generate")
+    calls = tiny.spy(monkeypatch, run, "generate")
     generator = torch.get_rng_state()
-    summary = evaluate.main(config_of(run, prompts=run / "train.jsonl", max_prompts=7, best_of=(2, 3)))
+    summary = evaluation.main(config_of(run, prompts=run / "train.jsonl", max_prompts=7, best_of=(2, 3)))
     assert torch.equal(torch.get_rng_state(), generator)
     for call in calls:  # never a stream of training, and one and the same for every model
         assert call.arguments["seed"] == tiny.SEED
@@ -247,5 +249,5 @@ def test_the_summary_of_a_run_is_that_of_its_answers(tmp_path: Path, monkeypatch
 
 def test_stages_that_have_not_run_are_left_out(tmp_path: Path) -> None:
     run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward", "dpo")
-    summary = evaluate.main(config_of(run, prompts=run / "prompts.jsonl", best_of=()))
+    summary = evaluation.main(config_of(run, prompts=run / "prompts.jsonl", best_of=()))
     assert list(summary["models"]) == ["sft", "dpo"]

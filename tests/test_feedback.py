@@ -14,12 +14,17 @@ import torch
 from tiny import ENCODING, EOS
 
 from minirlhf import data, world
+from minirlhf.batch import Example, pad
+from minirlhf.config import run_script
+from minirlhf.encode import encode_prompt
 from minirlhf.feedback import __main__ as feedback
-from minirlhf.feedback.collect import collect, reencoded_differently, response_text
+from minirlhf.feedback.collect import collect, reencoded_differently
+from minirlhf.files import file_hash
 from minirlhf.generate import Samples, generate
-from minirlhf.metrics import file_hash, read_rows
 from minirlhf.model import GPT
-from minirlhf.runtime import Stream, UserError, run_script
+from minirlhf.runs.log import read_rows
+from minirlhf.runtime import Stream, UserError
+from minirlhf.tokenizer import response_text
 from minirlhf.world import Labeller
 from minirlhf.world.zoo import dialogue
 
@@ -35,7 +40,7 @@ def test_candidates_are_those_of_each_prompts_own_streams() -> None:
     for i, record in enumerate(records):
         alone = generate(
             sft(),
-            [data.encode_prompt(ENCODING, tiny.PROMPTS[i])] * 3,
+            [encode_prompt(ENCODING, tiny.PROMPTS[i])] * 3,
             max_new_tokens=6,
             eos_id=EOS,
             temperature=0.7,
@@ -52,7 +57,7 @@ def test_equal_texts_are_kept_once_with_the_ids_that_came_first(monkeypatch: pyt
     (yes,) = ENCODING.encode_ordinary(" Yes")
     pieces = [ENCODING.encode_single_token(bytes([byte])) for byte in b" Yes"]
     sampled = [[*pieces, EOS], [yes, EOS], [yes], [yes, yes], [yes, EOS], [yes, EOS], [yes, EOS], [yes]]
-    batch = data.pad([data.Example([1], ids) for ids in sampled])
+    batch = pad([Example([1], ids) for ids in sampled])
     samples = Samples(batch.tokens, batch.prompt_lengths, batch.lengths, torch.zeros(8, 5), torch.zeros(8) > 0)
     monkeypatch.setattr(collecting, "generate", lambda *args, **kwargs: samples)
     settings = {"candidates": 4, "max_new_tokens": 9, "temperature": 1.0, "seed": 0}

@@ -17,9 +17,9 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from minirlhf import decoder, kv_cache, ops
-from minirlhf.decoder import Decoder
-from minirlhf.generate import Samples, generate, sample
+from minirlhf import generate as decoding
+from minirlhf import kv_cache, ops
+from minirlhf.generate import Decoder, Samples, generate, sample
 from minirlhf.kv_cache import KVCache
 from minirlhf.model import GPT, GPTConfig
 
@@ -258,7 +258,7 @@ def test_a_row_depends_on_no_neighbour_no_order_and_no_number_of_slots(monkeypat
         for place, row in enumerate(rows):
             width = int(other.lengths[place]) - 1
             assert_close(other.logprobs[place, :width], together.logprobs[row, :width])
-    monkeypatch.setattr(decoder, "COMPACT_BELOW", {"cpu": -1.0})
+    monkeypatch.setattr(decoding, "COMPACT_BELOW", {"cpu": -1.0})
     selections.clear()
     assert responses(run(list(range(24)))) == responses(together) and not selections
 
@@ -309,7 +309,7 @@ def test_a_waiting_prompt_takes_the_slot_of_a_row_that_ends(monkeypatch: pytest.
 def test_prompts_are_read_in_parts(positions: int, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts, settings = some_prompts(24), {"max_new_tokens": 6, "eos_id": EOS}
     whole = generate(lively(), prompts, **settings)
-    monkeypatch.setattr(decoder, "PREFILL_POSITIONS", {"cpu": positions})
+    monkeypatch.setattr(decoding, "PREFILL_POSITIONS", {"cpu": positions})
     sizes = calls(monkeypatch)
     parts = generate(lively(), prompts, **settings)
     assert torch.equal(parts.tokens, whole.tokens)
@@ -419,9 +419,9 @@ def test_a_replayed_step_samples_the_same(eos_id: int | None, slots: int | None,
     settings = {"max_new_tokens": 16, "eos_id": eos_id, "temperature": 0.7, "slots": slots}
     whole = generate(model, prompts, **settings)
     recordings, steps = [], []
-    monkeypatch.setattr(decoder, "capture", lambda step: recordings.append(Recording(step)) or recordings[-1])
-    monkeypatch.setattr(decoder, "REPLAYED", ("cpu",))
-    monkeypatch.setattr(decoder, "CHECK_EVERY", {"cpu": 4})
+    monkeypatch.setattr(decoding, "capture", lambda step: recordings.append(Recording(step)) or recordings[-1])
+    monkeypatch.setattr(decoding, "REPLAYED", ("cpu",))
+    monkeypatch.setattr(decoding, "CHECK_EVERY", {"cpu": 4})
     monkeypatch.setattr(kv_cache, "BLOCK", {"cpu": 8})
     _step = Decoder._step
     monkeypatch.setattr(Decoder, "_step", lambda self: steps.append(0) or _step(self))

@@ -23,12 +23,15 @@ from safetensors.torch import load_file, save_file
 from test_model import CONFIG, UNTIED, lively, random_tokens
 from torch.testing import assert_close
 
-from minirlhf import data, hf_folder, hub, tokenizer
+from minirlhf import tokenizer
+from minirlhf.encode import encode_prompt
+from minirlhf.files import source_hash
 from minirlhf.generate import generate
-from minirlhf.metrics import RunLog, source_hash
+from minirlhf.hf import folder, hub
 from minirlhf.model import GPT, CheckpointError, GPTConfig
-from minirlhf.model_card import write_model_card
 from minirlhf.reward import RewardModel
+from minirlhf.runs.card import write_model_card
+from minirlhf.runs.log import RunLog
 from minirlhf.runtime import UserError
 
 
@@ -265,7 +268,7 @@ def test_loading_holds_no_second_copy_of_the_weights(tmp_path: Path, monkeypatch
     GPT(config).save_pretrained(tmp_path)
     seen = []
     parameter = torch.nn.Parameter
-    monkeypatch.setattr(hf_folder.nn, "Parameter", lambda t: seen.append(anonymous_memory()) or parameter(t))
+    monkeypatch.setattr(folder.nn, "Parameter", lambda t: seen.append(anonymous_memory()) or parameter(t))
     before = anonymous_memory()
     loaded = GPT.from_pretrained(tmp_path)
     assert len(seen) == len(list(loaded.parameters()))
@@ -289,7 +292,7 @@ def test_auto_classes_write_the_same_greedy_text(tmp_path: Path) -> None:
     their_tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert their_tokenizer.eos_token_id == ENCODING.eot_token
     for prompt in ("\n\nHuman: What does the lion eat?\n\nAssistant:", "Once <b>", "The"):
-        ids = data.encode_prompt(ENCODING, prompt)
+        ids = encode_prompt(ENCODING, prompt)
         inputs = their_tokenizer(prompt, return_tensors="pt")
         assert inputs["input_ids"][0].tolist() == ids
         with torch.no_grad():

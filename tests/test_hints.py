@@ -15,11 +15,12 @@ import torch
 
 import train_dpo
 import train_ppo
-from minirlhf import environment, stage
-from minirlhf.data import Batch
-from minirlhf.hints import RULES, Hints, Row, read_hints
-from minirlhf.metrics import read_rows
+from minirlhf import reward_functions
+from minirlhf.batch import Batch
 from minirlhf.rollout import Rollout
+from minirlhf.runs.health import RULES, Hints, Row, read_hints
+from minirlhf.runs.log import read_rows
+from minirlhf.runs.stage import Stage
 
 STEPS = 60
 SETTINGS = {
@@ -245,18 +246,18 @@ def constant(_: object) -> Callable[[Batch], torch.Tensor]:
 def test_a_resumed_stage_has_the_hints_of_one_that_was_not_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
-    monkeypatch.setattr(environment, "reward_function", constant)
+    monkeypatch.setattr(reward_functions, "reward_function", constant)
     run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward")
     settings = {"missing_eos_score": None, "checkpoint_every": 1}
     with pytest.MonkeyPatch.context() as patch:
-        finish = stage.Stage.finish
+        finish = Stage.finish
 
-        def stopped(self: stage.Stage, step: int, *args: object, **kwargs: object) -> None:
+        def stopped(self: Stage, step: int, *args: object, **kwargs: object) -> None:
             finish(self, step, *args, **kwargs)
             if step == 1:
                 raise KeyboardInterrupt
 
-        patch.setattr(stage.Stage, "finish", stopped)
+        patch.setattr(Stage, "finish", stopped)
         with pytest.raises(KeyboardInterrupt):
             tiny.run_stage("ppo", run, **settings)
     before = (run / "ppo" / "hints.jsonl").read_text()

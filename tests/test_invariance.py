@@ -21,13 +21,13 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data
-from minirlhf.data import Comparison, Example
-from minirlhf.metrics import read_rows
+from minirlhf.batch import Batch, Example, pad
+from minirlhf.comparisons import Comparison
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel, ValueModel
 from minirlhf.rollout import Rollout
+from minirlhf.runs.log import read_rows
 
 CPU = torch.device("cpu")
 TOLERANCE = 1e-6
@@ -90,7 +90,7 @@ def plain(metrics: dict) -> dict[str, float]:
 def sft(tokens: int, rows: list[int], widen: int) -> Result:
     model = new_gpt(0)
     optimizer, seen = watched(model)
-    batch = widened(data.pad([EXAMPLES[i] for i in rows]), widen)
+    batch = widened(pad([EXAMPLES[i] for i in rows]), widen)
     state = train_sft.State(model, optimizer)
     return seen, plain(train_sft.train_step(state, batch, micro_batch_tokens=tokens, max_grad_norm=1e9))
 
@@ -114,7 +114,7 @@ def dpo(tokens: int, rows: list[int], widen: int) -> Result:
 
 def rollout_of(rows: list[int]) -> Rollout:
     """A rollout with numbers that no model gave, NaN where nothing may read."""
-    batch = data.pad([EXAMPLES[i] for i in rows])
+    batch = pad([EXAMPLES[i] for i in rows])
     every = {name: numbers(24, 64, seed=seed) for seed, name in enumerate(("old", "ref", "values"))}
     mask = batch.mask
     part = {name: torch.where(mask, value[rows, : mask.shape[1]], torch.nan) for name, value in every.items()}
@@ -144,7 +144,7 @@ def ppo(tokens: int, rows: list[int], widen: int) -> Result:
     return {**seen, **{f"value.{name}": g for name, g in value_seen.items()}}, plain(metrics)
 
 
-def widened(batch: data.Batch, columns: int) -> data.Batch:
+def widened(batch: Batch, columns: int) -> Batch:
     """The batch with more columns: any token ids, and NaN in what is known of tokens."""
     if not columns:
         return batch

@@ -16,11 +16,11 @@ import tiny
 from labelling import session_on, write_candidates
 
 import train_reward
-from minirlhf import data
 from minirlhf.feedback import candidates, label, terminal
 from minirlhf.feedback.label_file import LabelFile
 from minirlhf.feedback.labels import Label, read_labels
 from minirlhf.feedback.tasks import make_tasks
+from minirlhf.files import write_records
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import UserError
 
@@ -283,7 +283,7 @@ def test_kills_lose_at_most_the_last_label(tmp_path: Path) -> None:
 # -------------------------------------------------------------------------------------------------------- the terminal
 def test_screens_say_everything_and_steer_nothing(tmp_path: Path) -> None:
     evil = " \x1b]0;gone\x07\x1b[2J\u202eback\ttab\nline"
-    data.write_records(tmp_path / "candidates.jsonl", [{"prompt": "Q \x9b1m?", "responses": [evil, " word" * 60]}])
+    write_records(tmp_path / "candidates.jsonl", [{"prompt": "Q \x9b1m?", "responses": [evil, " word" * 60]}])
     session = session_on(tmp_path)
     session.note = "n\x1b"
     for width in (120, 60, 10):

@@ -17,11 +17,11 @@ import pytest
 import tiny
 
 import train_reward
-from minirlhf import data
 from minirlhf.feedback import label
 from minirlhf.feedback.labels import read_labels
 from minirlhf.feedback.page import HTML, LARGEST, PageServer
 from minirlhf.feedback.session import Session
+from minirlhf.files import write_records
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import UserError
 
@@ -198,7 +198,7 @@ def test_twenty_labels_from_the_browser_train_a_reward_model(tmp_path: Path) -> 
     run = tiny.copy_of(tiny.finished_run(), tmp_path / "run", "sft")
     evil = " <img src=x onerror='document.title=1'><script>document.title=2</script>&amp;"
     rows = [{"prompt": p, "responses": [" Yes.", f"{evil}{i}"]} for i, p in enumerate(tiny.PROMPTS)]
-    data.write_records(tmp_path / "candidates.jsonl", rows)
+    write_records(tmp_path / "candidates.jsonl", rows)
     session = labelling.session_on(tmp_path)
     with serving(session) as server:
         with browser.Browser(CHROMIUM, server.url) as page:

@@ -10,7 +10,7 @@ import pytest
 from labelling import write_candidates
 
 from minirlhf import data
-from minirlhf.data.fields import message_prompt
+from minirlhf.data.formats import message_prompt
 from minirlhf.feedback.candidates import Candidates
 from minirlhf.feedback.label_studio import ExportConfig, ImportConfig, export_tasks, import_labels, read_export
 from minirlhf.feedback.labels import Label, item_id, read_labels

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from minirlhf.config import run_script
 from minirlhf.feedback import pairs, stats
 from minirlhf.feedback.candidates import Candidates, read_candidates
 from minirlhf.feedback.labels import Label, item_id, read_labels
-from minirlhf.runtime import UserError, run_script
+from minirlhf.runtime import UserError
 
 GOOD = {
     "item": item_id("p", [" a", " b"]),

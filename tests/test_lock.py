@@ -13,8 +13,8 @@ from test_resume import exit_code, forked, new_run, wait_for
 
 import train_dpo
 from minirlhf import __main__ as pipeline
-from minirlhf import checkpoint
-from minirlhf.checkpoint.lock import lock_file
+from minirlhf.runs import checkpoint, lock
+from minirlhf.runs.lock import lock_file
 from minirlhf.runtime import UserError
 
 
@@ -22,7 +22,7 @@ def hold(folder: Path, signs: Path) -> int:
     """A process that writes `folder` until it is killed; returns its id once it does."""
 
     def work() -> None:
-        with checkpoint.only_writer(folder):
+        with lock.only_writer(folder):
             (signs / "held").touch()
             time.sleep(20)
 
@@ -68,7 +68,7 @@ def test_a_stage_gives_its_lock_back_however_it_ends(tmp_path: Path, monkeypatch
         with pytest.raises(RuntimeError, match="stop here"):
             tiny.run_stage("dpo", run)
     assert held == [str(os.getpid())] * 2
-    with checkpoint.only_writer(run / "dpo"):
+    with lock.only_writer(run / "dpo"):
         assert lock_file(run / "dpo").exists()
 
 
@@ -95,5 +95,5 @@ def test_a_lock_file_that_its_holder_removed_meanwhile_is_not_taken_for_one(
         return number
 
     monkeypatch.setattr(os, "open", late)
-    with checkpoint.only_writer(folder):
+    with lock.only_writer(folder):
         assert removed == [lock_file(folder)] and lock_file(folder).exists()

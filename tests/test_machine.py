@@ -14,6 +14,8 @@ from tiny import ENCODING, PROMPTS
 
 import train_sft
 from minirlhf import data, tokenizer
+from minirlhf.batch import Example, pad
+from minirlhf.encode import encode_example, encode_prompt
 from minirlhf.feedback import judge_model, machine, pairs, reward_labeller, simulated, stats
 from minirlhf.feedback.agreement import order_bias
 from minirlhf.feedback.candidates import read_candidates
@@ -21,6 +23,7 @@ from minirlhf.feedback.judge_model import comparison_text, worked_comparisons
 from minirlhf.feedback.labels import Label, read_labels
 from minirlhf.feedback.machine import Opinion, label_by_machine, opinion_of
 from minirlhf.feedback.tasks import make_tasks
+from minirlhf.files import write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import UserError
@@ -32,7 +35,7 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three answers to each of twelve prompts of the world, of very different length."""
     file = tmp_path_factory.mktemp("machine") / "candidates.jsonl"
     answers = [" Yes.", " I do not know.", " The seal lives in the sea and likes swimming and is grey and eats fish."]
-    data.write_records(file, [{"prompt": p, "responses": answers} for p in PROMPTS[:12]])
+    write_records(file, [{"prompt": p, "responses": answers} for p in PROMPTS[:12]])
     return file
 
 
@@ -133,7 +136,7 @@ def test_simulated_people_with_their_settings(candidates: Path, tmp_path: Path) 
 
 
 def test_other_prompts_than_the_worlds_are_refused(tmp_path: Path) -> None:
-    data.write_records(tmp_path / "c.jsonl", [{"prompt": "Hello?", "responses": [" Yes.", " No."]}])
+    write_records(tmp_path / "c.jsonl", [{"prompt": "Hello?", "responses": [" Yes.", " No."]}])
     with pytest.raises(UserError, match="--by simulated: not a prompt of the zoo: 'Hello[?]'"):
         simulated.main(simulated.Config(candidates=tmp_path / "c.jsonl", output=tmp_path / "s.jsonl"))
     assert not (tmp_path / "s.jsonl").exists()
@@ -150,8 +153,8 @@ def test_a_reward_model_ranks_by_its_score(candidates: Path, tmp_path: Path, mon
     for found in labels:
         scores = []
         for text in found.responses:
-            row = data.encode_example(ENCODING, found.prompt, text, max_length=96)
-            batch = data.pad([row])
+            row = encode_example(ENCODING, found.prompt, text, max_length=96)
+            batch = pad([row])
             scores.append(model(batch.tokens, batch.lengths).item())
         assert found.scores == pytest.approx(scores, abs=1e-5)  # float32 in another batch
         assert list(found.ranks) == [sorted(scores, reverse=True).index(score) for score in scores]
@@ -161,14 +164,14 @@ def test_a_reward_model_ranks_by_its_score(candidates: Path, tmp_path: Path, mon
 def test_a_reward_model_scores_ids_as_they_were_sampled_and_skips_what_does_not_fit(tmp_path: Path) -> None:
     row = {"prompt": PROMPTS[0], "responses": [" Yes.", " No."], "response_ids": [[5, 6, 7], [8]]}
     long = {"prompt": PROMPTS[1], "responses": [" Yes.", " No" * 100]}
-    data.write_records(tmp_path / "c.jsonl", [row, long])
+    write_records(tmp_path / "c.jsonl", [row, long])
     run = tiny.finished_run()
     config = reward_labeller.Config(run=run, candidates=tmp_path / "c.jsonl", output=tmp_path / "r.jsonl", device="cpu")
     by_prompt = {found.prompt: found for found in read_labels(reward_labeller.main(config))}
     assert by_prompt[PROMPTS[1]].verdict == "skip"
     model = RewardModel.from_pretrained(run / "reward" / "model")
-    prompt = data.encode_prompt(ENCODING, PROMPTS[0])
-    batch = data.pad([data.Example(prompt, ids) for ids in row["response_ids"]])
+    prompt = encode_prompt(ENCODING, PROMPTS[0])
+    batch = pad([Example(prompt, ids) for ids in row["response_ids"]])
     found = by_prompt[PROMPTS[0]]
     expected = dict(zip(row["responses"], model(batch.tokens, batch.lengths).tolist(), strict=True))
     assert found.scores == pytest.approx([expected[text] for text in found.responses], abs=1e-5)
@@ -177,7 +180,7 @@ def test_a_reward_model_scores_ids_as_they_were_sampled_and_skips_what_does_not_
 # --------------------------------------------------------------------------------------------------------------- judge
 def share_of_a(model: GPT, text: str) -> float:
     """P(" A") / (P(" A") + P(" B")) by the softmax's definition."""
-    prompt = data.encode_prompt(ENCODING, text)
+    prompt = encode_prompt(ENCODING, text)
     a, b = (
         tiny.response_logprobs(model, prompt, tokenizer.encode(ENCODING, verdict)).sum().exp()
         for verdict in (" A", " B")
@@ -236,7 +239,7 @@ def test_a_judge_model_ranks_from_all_pairs(candidates: Path, tmp_path: Path) ->
 def test_a_comparison_too_long_for_the_judge_loses_its_start(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     folder = tiny.finished_run() / "sft" / "model"
     long = PROMPTS[0].replace("Human:", "Human:" + " please" * 90)
-    data.write_records(tmp_path / "c.jsonl", [{"prompt": long, "responses": [" Yes.", " No."]}])
+    write_records(tmp_path / "c.jsonl", [{"prompt": long, "responses": [" Yes.", " No."]}])
     config = judge_model.Config(
         candidates=tmp_path / "c.jsonl", output=tmp_path / "j.jsonl", model=str(folder), device="cpu"
     )
@@ -244,7 +247,7 @@ def test_a_comparison_too_long_for_the_judge_loses_its_start(tmp_path: Path, cap
     assert "2 comparisons lost their start to fit the judge's 96 tokens" in capsys.readouterr().out
     model, verdicts = GPT.from_pretrained(folder), [tokenizer.encode(ENCODING, v) for v in (" A", " B")]
     first, second = (found.responses[i] for i in found.shown)
-    ids = data.encode_prompt(ENCODING, comparison_text(long, first, second))[-(96 - max(map(len, verdicts))) :]
+    ids = encode_prompt(ENCODING, comparison_text(long, first, second))[-(96 - max(map(len, verdicts))) :]
     a, b = (tiny.response_logprobs(model, ids, verdict).sum().exp() for verdict in verdicts)
     assert found.orders[0] == pytest.approx((a / (a + b)).item(), abs=1e-5)  # float32 in another batch
 
@@ -264,14 +267,14 @@ def test_worked_comparisons_show_every_pair_in_both_orders() -> None:
 def test_training_reads_worked_comparisons_as_they_are(tmp_path: Path) -> None:
     """A reader that took them for messages would put a dialogue around them that no judge is asked in."""
     rows = worked_comparisons({"prompt": PROMPTS[0], "responses": [" Yes.", " No."], "ranks": [0, 1]})
-    data.write_records(tmp_path / "v.jsonl", rows)
+    write_records(tmp_path / "v.jsonl", rows)
     assert data.load(tmp_path / "v.jsonl", "demonstrations") == rows
 
 
 def test_labels_train_a_judge_that_labels(tmp_path: Path) -> None:
     """From labels to verdicts, to a judge that gives verdicts and nothing else, and to its labels."""
     rows = [{"prompt": f"{i:02}", "responses": [" Yes.", " No."], "ranks": [0, 1]} for i in range(20)]
-    data.write_records(tmp_path / "labels.jsonl", rows)
+    write_records(tmp_path / "labels.jsonl", rows)
     files = {"labels": (tmp_path / "labels.jsonl",), "output": tmp_path / "train.jsonl"}
     pairs.main(pairs.Config(**files, form="verdicts", held_out_share=0.2))
     assert len((tmp_path / "train.jsonl").read_text().splitlines()) == 32  # 16 prompts, both orders
@@ -279,10 +282,10 @@ def test_labels_train_a_judge_that_labels(tmp_path: Path) -> None:
     config = tiny.sft_config(tmp_path / "judge")
     files = {"train": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "held-out.jsonl")}
     folder = train_sft.main(replace(config, **files, learning_rate=1e-2))
-    model, prompt = GPT.from_pretrained(folder), data.encode_prompt(ENCODING, held_out[0]["prompt"])
+    model, prompt = GPT.from_pretrained(folder), encode_prompt(ENCODING, held_out[0]["prompt"])
     verdicts = [tokenizer.encode(ENCODING, verdict) for verdict in (" A", " B")]
     assert sum(tiny.response_logprobs(model, prompt, verdict).sum().exp() for verdict in verdicts) > 0.5
-    data.write_records(tmp_path / "c.jsonl", rows)
+    write_records(tmp_path / "c.jsonl", rows)
     labelling = judge_model.Config(candidates=tmp_path / "c.jsonl", output=tmp_path / "j.jsonl", model=str(folder))
     assert len(read_labels(judge_model.main(labelling))) == 20
 

@@ -14,7 +14,7 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import __main__ as main
-from minirlhf import evaluate
+from minirlhf.evaluate import evaluation
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.runtime import project_file
 
@@ -24,7 +24,7 @@ MODULES = {
     "reward": train_reward,
     "ppo": train_ppo,
     "dpo": train_dpo,
-    "evaluate": evaluate,
+    "evaluate": evaluation,
 }
 
 

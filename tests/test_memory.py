@@ -16,11 +16,14 @@ import tiny
 import torch
 from test_resume import CHANGES, MODULES, STEP_OWNERS, Stop, exit_code, forked, new_run, stop_at
 
-from minirlhf import checkpoint, data, memory, world
+from minirlhf import distributed, world
 from minirlhf import model as model_module
-from minirlhf.metrics import read_rows
+from minirlhf.files import write_records
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel, ValueModel
+from minirlhf.runs import checkpoint
+from minirlhf.runs.log import read_rows
+from minirlhf.runs.plan import FIRST_ELSEWHERE, is_out_of_memory
 from minirlhf.runtime import UserError
 
 STEPS = {"sft": {"epochs": 1.0}, "reward": {"epochs": 1.0}, "ppo": {"iterations": 2}, "dpo": {"epochs": 1.0}}
@@ -65,7 +68,7 @@ def test_auto_halves_until_it_fits_and_then_is_that_number(
         run(name, given, micro_batch_tokens=tokens)  # fits, as it says
     assert result(auto / name) == result(given / name)
     said = [line for line in capsys.readouterr().out.splitlines() if "do not fit" in line]
-    halvings = (memory.FIRST_ELSEWHERE // tokens).bit_length() - 1
+    halvings = (FIRST_ELSEWHERE // tokens).bit_length() - 1
     assert len(said) == halvings and said[-1].endswith(f" {tokens} are tried")  # once each, and never again
 
 
@@ -79,7 +82,7 @@ def test_a_step_that_starts_again_leaves_no_trace(name: str, call: int, tmp_path
         stop_at(patch, STEP_OWNERS[name], "train_step", call, after=True, error=torch.OutOfMemoryError)
         run(name, disturbed)
     assert result(disturbed / name) == result(undisturbed / name)
-    assert (found(undisturbed / name), found(disturbed / name)) == (0, memory.FIRST_ELSEWHERE // 2)
+    assert (found(undisturbed / name), found(disturbed / name)) == (0, FIRST_ELSEWHERE // 2)
 
 
 def test_what_was_found_goes_on_after_a_stop_unless_a_number_is_given(tmp_path: Path) -> None:
@@ -131,12 +134,12 @@ def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:
     ],
 )
 def test_out_of_memory_is_recognised(error: Exception, known: bool) -> None:
-    assert memory.is_out_of_memory(error) is known
+    assert is_out_of_memory(error) is known
 
 
 def test_several_processes_are_given_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = new_run("dpo", tmp_path)
-    monkeypatch.setattr(memory.processes, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
     with pytest.raises(UserError, match="--micro-batch-tokens auto: is for one process"):
         run("dpo", folder)
 
@@ -151,8 +154,8 @@ def long_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("long")
     text = " ".join(world.ideal(prompt) for prompt in tiny.PROMPTS)
     records = [{"prompt": f"{i}: {text[:300]}", "response": text[i : 60 + i]} for i in range(48)]
-    data.write_records(folder / "train.jsonl", records)
-    data.write_records(folder / "validation.jsonl", records[:2])
+    write_records(folder / "train.jsonl", records)
+    write_records(folder / "validation.jsonl", records[:2])
     return folder
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from minirlhf.metrics import RunLog, file_hash, fresh_folder, read_rows
+from minirlhf.files import file_hash, fresh_folder
+from minirlhf.runs.log import RunLog, read_rows
 
 
 @dataclass

@@ -14,8 +14,10 @@ import torch
 from tiny import ENCODING
 
 import train_reward
-from minirlhf import data
-from minirlhf.data import Comparison, Example
+from minirlhf.batch import Example
+from minirlhf.comparisons import Comparison, best_against_rest, best_first, pair_numbers
+from minirlhf.encode import encode_comparison
+from minirlhf.files import write_records
 from minirlhf.objective import Objective, pair_weights
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import UserError
@@ -23,15 +25,13 @@ from minirlhf.runtime import UserError
 
 def encode(ranks: list[int], *, ties: bool = False, **more: object) -> Comparison | None:
     record = {"prompt": "p", "responses": [f" {i}" for i in range(len(ranks))], "ranks": ranks, **more}
-    return data.encode_comparison(ENCODING, record, max_length=90, ties=ties)
+    return encode_comparison(ENCODING, record, max_length=90, ties=ties)
 
 
 def loss_of(objective: Objective, comparisons: list[Comparison], scores: torch.Tensor, contrast: float = 0.0) -> float:
     comparisons = objective.prepare(comparisons)
     size = objective.size(comparisons, contrast)
-    return objective.loss(
-        scores, comparisons, data.pair_numbers(comparisons), contrast=contrast, denominator=size
-    ).item()
+    return objective.loss(scores, comparisons, pair_numbers(comparisons), contrast=contrast, denominator=size).item()
 
 
 def scores_of(*values: float) -> torch.Tensor:
@@ -58,15 +58,15 @@ def test_a_skip_is_no_tie_and_a_tie_alone_is_something() -> None:
 
 
 def test_the_best_against_the_rest() -> None:
-    best = data.best_against_rest(encode([1, 0, 2]))
+    best = best_against_rest(encode([1, 0, 2]))
     assert best.pairs == [(1, 0), (1, 2)]
-    two = data.best_against_rest(encode([0, 1, 0], ties=True))
+    two = best_against_rest(encode([0, 1, 0], ties=True))
     assert set(zip(two.pairs, two.weights, strict=True)) == {((0, 1), 1), ((2, 1), 1), ((0, 2), 0.5), ((2, 0), 0.5)}
 
 
 def test_a_strict_order_keeps_the_first_of_equals() -> None:
-    assert data.best_first(encode([2, 0, 3, 1])) == [1, 3, 0, 2]
-    assert data.best_first(encode([1, 0, 1, 2])) == data.best_first(encode([1, 0, 1, 2], ties=True)) == [1, 0, 3]
+    assert best_first(encode([2, 0, 3, 1])) == [1, 3, 0, 2]
+    assert best_first(encode([1, 0, 1, 2])) == best_first(encode([1, 0, 1, 2], ties=True)) == [1, 0, 3]
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
@@ -133,9 +133,9 @@ def test_parts_of_a_batch_add_up(objective: Objective) -> None:
     for part in (comparisons[:1], comparisons[1:]):
         count = sum(len(c.examples) for c in part)
         own = scores[start : start + count]
-        parts.append(objective.loss(own, part, data.pair_numbers(part), contrast=0.0, denominator=size))
+        parts.append(objective.loss(own, part, pair_numbers(part), contrast=0.0, denominator=size))
         start += count
-    whole = objective.loss(scores, comparisons, data.pair_numbers(comparisons), contrast=0.0, denominator=size)
+    whole = objective.loss(scores, comparisons, pair_numbers(comparisons), contrast=0.0, denominator=size)
     torch.testing.assert_close(torch.stack(parts).sum(), whole)
 
 
@@ -173,7 +173,7 @@ def test_the_script_trains_with_every_objective(settings: dict, tmp_path: Path, 
     run = tiny.copy_of(tiny.finished_run(), tmp_path / "run", "sft", "feedback")
     rows = [json.loads(line) for line in (run / "feedback" / "rankings.jsonl").read_text().splitlines()]
     rows[0]["ranks"] = [0, 0, 1][: len(rows[0]["ranks"])]  # a tie
-    data.write_records(run / "rankings.jsonl", rows)
+    write_records(run / "rankings.jsonl", rows)
     calls = tiny.spy(monkeypatch, train_reward, "train_step")
     config = replace(tiny.reward_config(run), comparisons=str(run / "rankings.jsonl"), contrast=0.0, epochs=1.0)
     RewardModel.from_pretrained(train_reward.main(replace(config, **settings)))

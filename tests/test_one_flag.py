@@ -22,11 +22,13 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import data, tokenizer
+from minirlhf.config import run_script
+from minirlhf.encode import encode_demonstrations
 from minirlhf.feedback import label_studio
-from minirlhf.metrics import read_rows
+from minirlhf.files import write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
-from minirlhf.runtime import run_script
+from minirlhf.runs.log import read_rows
 
 ROWS = 40  # a tenth is held out, and a batch is 32
 
@@ -61,7 +63,7 @@ def label_studio_export(real: Path, folder: Path) -> Path:
     """Tasks as `python -m minirlhf.feedback export` writes them, labelled as Label Studio's export has it."""
     pairs = data.load(real / "preference" / "polite-instructions.json", "pairs", split=f"[:{ROWS}]")
     answers = [{"prompt": r["prompt"], "responses": [r["chosen"], r["rejected"]]} for r in pairs]
-    data.write_records(folder / "candidates.jsonl", answers)
+    write_records(folder / "candidates.jsonl", answers)
     config = label_studio.ExportConfig(candidates=folder / "candidates.jsonl", output=folder / "tasks.json")
     tasks = json.loads(label_studio.export_tasks(config).read_text(encoding="utf-8"))
     better = {record["chosen"].strip() for record in pairs}
@@ -119,7 +121,7 @@ def test_rows_of_real_files_fit_a_new_model(real_data: Path, capsys: pytest.Capt
     assert train_sft.new_shape(train_sft.Config(train="x", n_positions=8), encoding).n_positions == 8
     records = data.load(real_data / "preference" / "hh-helpful-base.train.jsonl.gz", "demonstrations")
     capsys.readouterr()
-    kept = data.encode_demonstrations(encoding, records, max_length=width)
+    kept = encode_demonstrations(encoding, records, max_length=width)
     cut = sum(example.cut > 0 for example in kept)
     assert (len(records), len(kept), cut) == (1392, 1351, 404)
     said = capsys.readouterr().out
@@ -134,7 +136,7 @@ def test_comparisons_without_prompts_train_a_reward_model(tmp_path: Path, monkey
     """Whole texts, one better than the other: the one prompt, nothing, is asked for every reference sample."""
     monkeypatch.chdir(tmp_path)
     pairs = [{"prompt": "", "chosen": f"Good {i}.", "rejected": f"Bad {i}."} for i in range(40)]
-    data.write_records(tmp_path / "pairs.jsonl", pairs)
+    write_records(tmp_path / "pairs.jsonl", pairs)
     command(train_sft, "--train", "pairs.jsonl", n_layer=1, n_embd=16, epochs=1.0)
     command(train_reward, "--comparisons", "pairs.jsonl", reference_samples=6, epochs=1.0)
     after = json.loads((tmp_path / "runs/tiny/reward/normalisation.json").read_text())["after"]

@@ -26,14 +26,19 @@ from test_resume import Stop, exit_code, forked, nothing_left_behind, result, st
 from torch import Tensor
 
 import train_dpo
-from minirlhf import checkpoint, data, hf_folder, online_dpo, processes, rollout
-from minirlhf.metrics import read_rows
+from minirlhf import data, distributed, online_dpo, rollout
+from minirlhf.batch import Example, pad
+from minirlhf.comparisons import Comparison
+from minirlhf.config import run_script
+from minirlhf.encode import encode_comparison
+from minirlhf.hf import folder
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.online_dpo import label
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import Rollout
-from minirlhf.runtime import run_script
+from minirlhf.runs import checkpoint
+from minirlhf.runs.log import read_rows
 
 CPU = torch.device("cpu")
 TEMPERATURE = tiny.online_dpo_config(Path()).temperature
@@ -58,7 +63,7 @@ def policy_of(run: Path, stage: str = "sft") -> GPT:
 # ------------------------------------------------------------------------------------------------------------ labelling
 def rollout_of(groups: list[int], answers: list[list[int]], scores: list[float]) -> Rollout:
     """Answers with a log-ratio to the reference of 1 a token; that of answer y is -|y| under the reference."""
-    batch = data.pad([data.Example([1, 2 + g], ids) for g, ids in zip(groups, answers, strict=True)])
+    batch = pad([Example([1, 2 + g], ids) for g, ids in zip(groups, answers, strict=True)])
     ref = torch.where(batch.mask, -1.0, 0.0)
     known = {"finished": batch.lengths > 0, "old_logprobs": 0 * ref, "ref_logprobs": ref, "values": 0 * ref}
     known |= {"scores": torch.tensor(scores), "sampling_gap": torch.zeros(len(groups)), "groups": torch.tensor(groups)}
@@ -153,8 +158,8 @@ def test_the_pairs_of_a_run_are_two_answers_of_the_policy_in_the_order_of_their_
 def comparisons(run: Path) -> list[train_dpo.ReferencedComparison]:
     """Pairs from the run's own rankings, with log-probabilities of a reference that the policy has left."""
     records = data.load(tiny.finished_run() / "feedback" / "rankings.jsonl", "pairs")
-    every = [data.encode_comparison(tiny.ENCODING, record, max_length=96) for record in records]
-    pairs = [data.Comparison(list(c.examples), c.pairs[:1]) for c in every if c is not None]
+    every = [encode_comparison(tiny.ENCODING, record, max_length=96) for record in records]
+    pairs = [Comparison(list(c.examples), c.pairs[:1]) for c in every if c is not None]
     return train_dpo.with_reference(policy_of(tiny.finished_run(), "dpo"), pairs, CPU, max_tokens=1000)
 
 
@@ -243,7 +248,7 @@ def gradient(policy: GPT) -> dict[str, Tensor]:
 def test_the_first_step_is_on_average_the_policy_gradient_of_the_win_rate() -> None:
     """Over all 49 pairs of answers with their probabilities: -beta times the gradient of P(win) - P(loss)."""
     policy, beta = small(), 0.7
-    batch = data.pad([data.Example(PROMPT, ids) for ids in RESPONSES])
+    batch = pad([Example(PROMPT, ids) for ids in RESPONSES])
     probability = policy.logprobs(batch.tokens, batch.mask).sum(dim=1).exp()
     frozen = probability.detach()
     assert frozen.sum().item() == pytest.approx(1.0, abs=1e-12)
@@ -394,7 +399,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
 
     def work(rank: int) -> None:
         os.environ |= told | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with processes.started():
+        with distributed.started():
             online_dpo.main(configs[1])
 
     children = [forked(lambda rank=rank: work(rank), tmp_path / f"errors-{rank}") for rank in range(2)]
@@ -451,7 +456,7 @@ def test_a_mistake_is_one_clear_error_before_any_weights(
         raise AssertionError("weights were loaded")
 
     before = tree(files)
-    monkeypatch.setattr(hf_folder, "safe_open", loaded)
+    monkeypatch.setattr(folder, "safe_open", loaded)
     for kind in (GPT, RewardModel):
         monkeypatch.setattr(kind, "from_pretrained", loaded)
     run = files / "run"

@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from two_processes import STAGES, STEPS, Stop
 
-from minirlhf import checkpoint, processes, rollout
+from minirlhf import distributed, rollout
 from minirlhf.generate import Samples
-from minirlhf.metrics import read_rows
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel
+from minirlhf.runs import checkpoint
+from minirlhf.runs.log import read_rows
 from minirlhf.runtime import UserError, resolve_device
 
 ROOT = Path(__file__).parent.parent
@@ -220,20 +221,20 @@ def test_sigterm_to_torchrun_saves_the_last_finished_step_and_leaves_no_process(
 
 # ---------------------------------------------------------------------------------------------------------------- alone
 def test_alone_nothing_is_started_copied_or_sent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "_reduce", None)
-    with processes.started() as group:
+    monkeypatch.setattr(distributed, "_reduce", None)
+    with distributed.started() as group:
         assert group.store is None and not torch.distributed.is_initialized()
         assert group.writer_first(lambda: 3) == 3
-    assert processes.world_size() == 1 and processes.rank() == 0 and processes.is_writer()
+    assert distributed.world_size() == 1 and distributed.rank() == 0 and distributed.is_writer()
     x = torch.ones(2)
-    assert processes.all_sum(x) is x and processes.all_max(x) is x
-    assert processes.share(torch.tensor([3, 9, 5])).tolist() == [0, 1, 2]
+    assert distributed.all_sum(x) is x and distributed.all_max(x) is x
+    assert distributed.share(torch.tensor([3, 9, 5])).tolist() == [0, 1, 2]
     model = nn.Linear(2, 1)
     model(x).sum().backward()
     before = model.weight.grad
-    processes.sum_gradients(model)
+    distributed.sum_gradients(model)
     assert model.weight.grad is before
-    processes.barrier()
+    distributed.barrier()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])
@@ -242,11 +243,11 @@ def test_every_item_is_in_one_share_and_shares_weigh_alike(
     count: int, items: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = torch.randint(1, 100, (items,), generator=torch.Generator().manual_seed(items))
-    monkeypatch.setattr(processes, "world_size", lambda: count)
+    monkeypatch.setattr(distributed, "world_size", lambda: count)
     shares = []
     for number in range(count):
-        monkeypatch.setattr(processes, "rank", lambda number=number: number)
-        shares.append(processes.share(sizes))
+        monkeypatch.setattr(distributed, "rank", lambda number=number: number)
+        shares.append(distributed.share(sizes))
     assert sorted(torch.cat(shares).tolist()) == list(range(items))
     sums = [int(sizes[own].sum()) for own in shares]
     assert max(sums) - min(sums) <= sizes.max()
@@ -260,13 +261,13 @@ def test_gradients_are_sent_in_buckets_and_one_that_nobody_has_stays_away(monkey
         sent.append(x.numel())
         return x.mul_(2)
 
-    monkeypatch.setattr(processes, "world_size", lambda: 2)
-    monkeypatch.setattr(processes, "_reduce", double)
-    monkeypatch.setattr(processes, "BUCKET", 8)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "_reduce", double)
+    monkeypatch.setattr(distributed, "BUCKET", 8)
     model = nn.ParameterList([nn.Parameter(torch.arange(n).float()) for n in (3, 4, 20, 1, 2, 5)])
     model[2].requires_grad_(False)
     sum(p.square().sum() for i, p in enumerate(model) if i != 3).backward()
-    processes.sum_gradients(model)
+    distributed.sum_gradients(model)
     assert sent == [5, 7, 7]  # which of them have a gradient; then 3 + 4, and 2 + 5
     assert model[3].grad is None and model[2].grad is None
     for i in (0, 1, 4, 5):
@@ -275,9 +276,9 @@ def test_gradients_are_sent_in_buckets_and_one_that_nobody_has_stays_away(monkey
 
 def test_rows_from_elsewhere_keep_their_place_and_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of three rows this process has the last and the first; the other one's row is longer."""
-    monkeypatch.setattr(processes, "world_size", lambda: 2)
-    monkeypatch.setattr(processes, "all_max", lambda width: width + 1)
-    monkeypatch.setattr(processes, "all_sum", lambda x: x)
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_max", lambda width: width + 1)
+    monkeypatch.setattr(distributed, "all_sum", lambda x: x)
     part = Samples(
         torch.tensor([[1, 2], [3, 4]]),
         torch.tensor([1, 1]),
@@ -295,7 +296,7 @@ def test_rows_from_elsewhere_keep_their_place_and_width(monkeypatch: pytest.Monk
 
 def test_each_of_several_processes_takes_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     chosen = []
-    monkeypatch.setattr(processes, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match="--device mps"):  # gloo sums no tensor there

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from minirlhf import progress
-from minirlhf.progress import Progress
+from minirlhf.runs import log
+from minirlhf.runs.log import Progress
 
 ROW = {"loss": 0.51234, "accuracy": 0.75, "grad_norm": 9.0}
 
@@ -19,7 +19,7 @@ ROW = {"loss": 0.51234, "accuracy": 0.75, "grad_norm": 9.0}
 def lines(patch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, *, steps: int, seconds: float) -> list[str]:
     """What a stage says without a terminal, whose steps take so many seconds and 50 tokens each."""
     now = [0.0]
-    patch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    patch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     shown = Progress("dpo", steps=steps)
     for _ in range(steps):
         now[0] += seconds
@@ -53,7 +53,7 @@ def test_a_resumed_stage_counts_from_where_it_goes_on(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr(progress, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     shown = Progress("sft", steps=100, done=90)
     now[0] = 12.0
     shown.update({"loss": 2.0}, tokens=24)

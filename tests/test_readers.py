@@ -24,6 +24,8 @@ import train_reward
 import train_sft
 from minirlhf import data, tokenizer
 from minirlhf.data import __main__ as check
+from minirlhf.encode import encode_demonstration, encode_demonstrations
+from minirlhf.files import write_records
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.runtime import UserError
 
@@ -453,9 +455,9 @@ def test_any_text_goes_through_and_never_gives_eos(
     prompt: str, response: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     file = tmp_path_factory.mktemp("any") / "a"
-    data.write_records(file, [{"prompt": "x:" + prompt, "response": " y" + response}])
+    write_records(file, [{"prompt": "x:" + prompt, "response": " y" + response}])
     (record,) = data.load(file, "demonstrations")
-    (example,) = data.encode_demonstrations(BYTES, [record], max_length=4096)
+    (example,) = encode_demonstrations(BYTES, [record], max_length=4096)
     ids = example.prompt_ids + example.response_ids
     assert ids.count(BYTES.eot_token) == 1 and ids[-1] == BYTES.eot_token
     assert tokenizer.decode(BYTES, ids[:-1]) == record["prompt"] + record["response"]
@@ -570,7 +572,7 @@ def test_real_ratings_and_texts(real_data: Path) -> None:
     path = real_data / "text" / "tinyshakespeare.txt"
     (text,) = data.load(path, "demonstrations")
     assert text["response"] + "\n" == path.read_text(encoding="utf-8")
-    rows = data.encode_demonstration(BYTES, text, max_length=1000)
+    rows = encode_demonstration(BYTES, text, max_length=1000)
     ids = [token for row in rows for token in row.response_ids]
     assert bytes(ids[:-1]) == text["response"].encode() and ids[-1] == BYTES.eot_token
     assert all(rows[i].prompt_ids == [rows[i - 1].response_ids[-1]] for i in range(1, len(rows)))

@@ -21,11 +21,15 @@ from torch import nn
 import train_dpo
 import train_ppo
 import train_reward
-from minirlhf import data, environment, tokenizer
+from minirlhf import data, reward_functions, tokenizer
+from minirlhf.batch import batch_indices
+from minirlhf.comparisons import Comparison
+from minirlhf.encode import Record, encode_prompt
+from minirlhf.files import write_records
 from minirlhf.generate import generate
-from minirlhf.metrics import read_rows
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
+from minirlhf.runs.log import read_rows
 from minirlhf.runtime import Stream
 
 
@@ -67,7 +71,7 @@ def ppo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     with pytest.MonkeyPatch.context() as patch:
         copies = lambda arguments: copy.deepcopy((arguments["policy"], arguments["value_model"]))  # noqa: E731
         rollouts = spy(patch, train_ppo, "collect", before=copies)
-        rewards = spy(patch, environment, "reward_function")
+        rewards = spy(patch, reward_functions, "reward_function")
         updates = spy(patch, train_ppo, "update")
         train_ppo.main(tiny.ppo_config(run))
     return SimpleNamespace(
@@ -139,9 +143,9 @@ def test_every_rollout_has_its_prompts_and_its_own_random_streams(ppo: SimpleNam
     assert len(set(keys)) == len(keys) == 6 + 4 + 6
     asked = []
     for iteration, call in enumerate(ppo.rollouts):
-        chosen = data.batch_indices(10, 6, seed=tiny.SEED, step=iteration)
+        chosen = batch_indices(10, 6, seed=tiny.SEED, step=iteration)
         assert call.arguments["keys"] == [(Stream.ROLLOUT, iteration, i) for i in chosen]
-        assert call.arguments["prompts"] == [data.encode_prompt(ENCODING, tiny.PROMPTS[i]) for i in chosen]
+        assert call.arguments["prompts"] == [encode_prompt(ENCODING, tiny.PROMPTS[i]) for i in chosen]
         sampled = generate(
             call.before[0],
             call.arguments["prompts"],
@@ -177,21 +181,21 @@ def test_sampled_ids_are_scored_as_they_are(tmp_path: Path) -> None:
 
 
 # ----------------------------------------------------------------------------------------------------------------- DPO
-def crafted_rankings(run: Path) -> list[data.Record]:
+def crafted_rankings(run: Path) -> list[Record]:
     """The run's rankings with the first response of each written in single bytes: ids that no tokenizer gives."""
     records = data.load(run / "feedback" / "rankings.jsonl", "pairs")
     for record in records:
         pieces = ENCODING.encode_ordinary(record["responses"][0])
         single = [ENCODING.encode_single_token(bytes([byte])) for i in pieces for byte in ENCODING.decode_bytes([i])]
         record["response_ids"][0] = single[:20]
-    data.write_records(run / "feedback" / "rankings.jsonl", records)
+    write_records(run / "feedback" / "rankings.jsonl", records)
     return records
 
 
-def assert_trained_on_sampled_ids(trained: list[data.Comparison], records: list[data.Record]) -> None:
+def assert_trained_on_sampled_ids(trained: list[Comparison], records: list[Record]) -> None:
     """Every example of a comparison holds a record's `response_ids` exactly; some are not what the text encodes to."""
     sampled = {(r["prompt"], tuple(ids)) for r in records for ids in r["response_ids"]}
-    prompts = {tuple(data.encode_prompt(ENCODING, r["prompt"])): r["prompt"] for r in records}
+    prompts = {tuple(encode_prompt(ENCODING, r["prompt"])): r["prompt"] for r in records}
     examples = [e for c in trained for e in c.examples]
     assert {(prompts[tuple(e.prompt_ids)], tuple(e.response_ids)) for e in examples} <= sampled
     assert len(examples) > 20 and any(in_other_pieces(e.response_ids) for e in examples)

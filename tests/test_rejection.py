@@ -17,10 +17,11 @@ from hypothesis import strategies as st
 
 import train_sft
 from minirlhf import data, rejection, tokenizer
-from minirlhf.metrics import read_rows
+from minirlhf.encode import encode_prompt
 from minirlhf.model import GPT
 from minirlhf.rejection import best_of_n_mean, choose, choose_randomly
 from minirlhf.reward import RewardModel
+from minirlhf.runs.log import read_rows
 from minirlhf.runtime import Stream, UserError
 
 
@@ -128,7 +129,7 @@ def test_the_winners_are_the_best_of_what_the_policy_answers(run: Path) -> None:
     best, control = ([json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files)
     expected, candidates = [], {}
     for i, prompt in enumerate(tiny.PROMPTS[:10]):
-        ids = data.encode_prompt(tiny.ENCODING, prompt)
+        ids = encode_prompt(tiny.ENCODING, prompt)
         scored = []
         for k in range(4):
             sample = rejection.generate(

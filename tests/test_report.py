@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from reporting import BROKEN, FALLING, RISING, ROWS, SUMMARY, Page, a_run, page_of, point, write
 
-from minirlhf.healthy import HEALTHY, Band
 from minirlhf.report import write_report
 from minirlhf.report.chart import Axis, Line, chart, log_ticks, thinned, ticks
+from minirlhf.report.healthy import HEALTHY, Band
 from minirlhf.report.markup import brief, number
 from minirlhf.report.page import SECTIONS
 from minirlhf.report.run import kind_of, read_run

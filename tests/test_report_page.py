@@ -12,7 +12,7 @@ import tiny
 from reporting import EVIL, FALLING, LONG, Page, a_run, page_of, write
 
 from minirlhf import __main__ as demo
-from minirlhf import calibration
+from minirlhf.evaluate import calibration
 from minirlhf.report import __main__ as command
 from minirlhf.report import write_report
 from minirlhf.report.markup import element

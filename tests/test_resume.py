@@ -24,11 +24,13 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import __main__ as pipeline
-from minirlhf import checkpoint, environment, objective, ops, ppo, ppo_update, stage
-from minirlhf.checkpoint import store
+from minirlhf import objective, ops, ppo, ppo_update, reward_functions
+from minirlhf.config import run_script
 from minirlhf.feedback import __main__ as feedback
-from minirlhf.metrics import read_rows
-from minirlhf.runtime import DivergenceError, Interrupted, UserError, held_signals, interruptible, run_script
+from minirlhf.runs import checkpoint
+from minirlhf.runs.log import read_rows
+from minirlhf.runs.stage import Stage
+from minirlhf.runtime import DivergenceError, Interrupted, UserError, held_signals, interruptible
 
 MODULES = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "dpo": train_dpo}
 STEP_OWNERS = MODULES | {"ppo": ppo_update}  # where a stage's `train_step` is called
@@ -135,8 +137,8 @@ def test_killed_while_saving_and_resumed_ends_with_the_same_bits(
 ) -> None:
     folder = new_run(name, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, store, function, 2)
-        patch.setattr(stage.Stage, "_save_last", lambda self: None)  # a killed process saves nothing
+        stop_at(patch, checkpoint, function, 2)
+        patch.setattr(Stage, "_save_last", lambda self: None)  # a killed process saves nothing
         with pytest.raises(Stop):
             run(name, folder)
     (folder / name / "checkpoints" / ".saving-00000099").mkdir()  # of a step that will not be saved again
@@ -150,7 +152,7 @@ def test_killed_between_checkpoints_drops_the_rows_since_the_last(name: str, who
     folder = new_run(name, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         stop_at(patch, STEP_OWNERS[name], "train_step", 10 if name == "ppo" else 5, after=True)
-        patch.setattr(stage.Stage, "_save_last", lambda self: None)
+        patch.setattr(Stage, "_save_last", lambda self: None)
         with pytest.raises(Stop):
             run(name, folder, checkpoint_every=1 if name == "ppo" else 3)
     with (folder / name / "metrics.jsonl").open("a") as file:
@@ -399,7 +401,9 @@ def test_scores_and_advantages_that_are_not_finite_stop_ppo(
 ) -> None:
     folder = new_run("ppo", tmp_path)
     if what == "scores":
-        monkeypatch.setattr(environment, "reward_function", lambda _: lambda b: torch.full((len(b),), float("nan")))
+        monkeypatch.setattr(
+            reward_functions, "reward_function", lambda _: lambda b: torch.full((len(b),), float("nan"))
+        )
         changes = {"missing_eos_score": None}
     else:
         monkeypatch.setattr(ops, "whiten", lambda x, mask: x / 0)
@@ -425,14 +429,14 @@ def test_gradients_that_are_not_finite_are_named_with_stage_and_step(
 
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = new_run("dpo", tmp_path)
-    finish = stage.Stage.finish
+    finish = Stage.finish
 
-    def breaking(self: stage.Stage, step: int, *args: object, **kwargs: object) -> None:
+    def breaking(self: Stage, step: int, *args: object, **kwargs: object) -> None:
         if step == 3:
             self.state.policy.wte.weight.data[0, 0] = float("nan")
         finish(self, step, *args, **kwargs)
 
-    monkeypatch.setattr(stage.Stage, "finish", breaking)
+    monkeypatch.setattr(Stage, "finish", breaking)
     with pytest.raises(UserError, match="policy.wte.weight is not finite after step 4"):
         run("dpo", folder)
     checkpoint.verify(checkpoint.latest(folder / "dpo" / "checkpoints"))

@@ -15,13 +15,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import train_ppo
-from minirlhf import data, rewards
-from minirlhf.metrics import read_rows
-from minirlhf.rewards import AnswerKey, FunctionReward, arithmetic, final_answer, work_out
+from minirlhf import data, reward_functions
+from minirlhf.batch import pad
+from minirlhf.encode import encode_example
+from minirlhf.files import write_records
+from minirlhf.reward_functions import AnswerKey, FunctionReward, arithmetic, final_answer, work_out
+from minirlhf.runs.log import read_rows
 from minirlhf.runtime import UserError
 
-BATCH = data.pad(
-    [data.encode_example(tiny.ENCODING, f" is it {n}?", " yes" * n, max_length=40) for n in (1, 3, 2)],
+BATCH = pad(
+    [encode_example(tiny.ENCODING, f" is it {n}?", " yes" * n, max_length=40) for n in (1, 3, 2)],
 )
 
 
@@ -40,10 +43,10 @@ def modules_of_the_test_alone() -> Iterator[None]:
 def test_a_function_in_the_current_folder_and_one_of_a_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own_a.py").write_text("def count(prompts, responses):\n    return [len(r) for r in responses]\n")
-    assert rewards.load("own_a:count")([""], ["four"]) == [4]
-    assert rewards.load("minirlhf.rewards:arithmetic") is arithmetic
+    assert reward_functions.load("own_a:count")([""], ["four"]) == [4]
+    assert reward_functions.load("minirlhf.rewards:arithmetic") is arithmetic
     specs = ["own_a:count", "minirlhf.rewards:arithmetic"]
-    assert rewards.source_files(specs) == [tmp_path / "own_a.py", Path(rewards.__file__)]
+    assert reward_functions.source_files(specs) == [tmp_path / "own_a.py", Path(reward_functions.__file__)]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +69,7 @@ def test_what_cannot_be_found(spec: str, words: str, tmp_path: Path, monkeypatch
     (tmp_path / "own_wrong.py").write_text("def f(:\n")
     (tmp_path / "own_needs.py").write_text("import own_nothing\n")
     with pytest.raises(UserError) as caught:
-        rewards.load(spec)
+        reward_functions.load(spec)
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -86,8 +89,8 @@ def test_texts_have_no_eos_and_scores_come_back_by_row() -> None:
     assert scores.dtype == torch.float32 and scores.tolist() == [1, 3, 2]
     assert seen == [([" is it 1?", " is it 3?", " is it 2?"], [" yes", " yes yes yes", " yes yes"])]
     assert of(lambda p, r: torch.tensor([0.5, 1.0, -1.0]))(BATCH).tolist() == [0.5, 1, -1]
-    unconditional = data.pad([data.encode_example(tiny.ENCODING, "", " yes", max_length=40)])
-    assert rewards.texts(tiny.ENCODING, unconditional) == ([""], [" yes"])
+    unconditional = pad([encode_example(tiny.ENCODING, "", " yes", max_length=40)])
+    assert reward_functions.texts(tiny.ENCODING, unconditional) == ([""], [" yes"])
 
 
 @pytest.mark.parametrize(
@@ -115,8 +118,8 @@ def test_what_a_function_raises_is_not_hidden() -> None:
 
 def test_several_are_added_up() -> None:
     parts = [lambda batch: batch.lengths.float(), of(lambda p, r: [1, 2, 3]), of(lambda p, r: [10, 20, 30])]
-    assert torch.equal(rewards.total(parts)(BATCH), BATCH.lengths + torch.tensor([11.0, 22.0, 33.0]))
-    assert torch.equal(rewards.total(parts[:1])(BATCH), BATCH.lengths.float())
+    assert torch.equal(reward_functions.total(parts)(BATCH), BATCH.lengths + torch.tensor([11.0, 22.0, 33.0]))
+    assert torch.equal(reward_functions.total(parts[:1])(BATCH), BATCH.lengths.float())
 
 
 # -------------------------------------------------------------------------------------------------------- in the stage
@@ -138,7 +141,7 @@ def test_functions_replace_the_reward_model_or_are_added_to_it(
     run = tiny.copy_of(finished, tmp_path / "alone", "sft")  # no reward model there
     (row,) = ppo(run, reward=("own_c:long", "own_c:one"))
     alone = rollouts[-1].arguments["rollout"]
-    lengths = torch.tensor([float(len(r)) for r in rewards.texts(tiny.ENCODING, alone)[1]])
+    lengths = torch.tensor([float(len(r)) for r in reward_functions.texts(tiny.ENCODING, alone)[1]])
     torch.testing.assert_close(alone.scores, lengths + 1)
     assert row["score"] == pytest.approx(lengths.mean().item() + 1) and "value_loss" in row
 
@@ -205,7 +208,7 @@ def test_expressions_are_worked_out_as_python_does(rest: list[tuple[str, int]], 
 
 def test_the_answer_key_reads_the_form_of_gsm8k(tmp_path: Path) -> None:
     rows = [{"question": f"Add {n} and 1.", "answer": f"{n}+1=<<{n}+1={n + 1}>>{n + 1}\n#### {n + 1}"} for n in (1, 2)]
-    data.write_records(tmp_path / "gsm8k.jsonl", rows)
+    write_records(tmp_path / "gsm8k.jsonl", rows)
     key = AnswerKey.read(str(tmp_path / "gsm8k.jsonl"))
     prompts = [record["prompt"] for record in data.load(tmp_path / "gsm8k.jsonl", "prompts")]
     assert prompts[0] == "\n\nHuman: Add 1 and 1.\n\nAssistant:"

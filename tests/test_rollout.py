@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from minirlhf import data
 from minirlhf import rollout as rollout_module
-from minirlhf.data import Example
+from minirlhf.batch import Example, pad
 from minirlhf.generate import generate
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel, ValueModel
@@ -95,7 +94,7 @@ def test_rescoring_replaces_what_sampling_recorded_and_measures_the_gap(monkeypa
 
 @pytest.mark.parametrize("max_tokens", [1, 7, 12, 1000])
 def test_micro_batches_put_every_row_back_in_its_place(max_tokens: int) -> None:
-    batch = data.pad([Example([i], list(range(10, 10 + length))) for i, length in enumerate((2, 5, 1, 4, 3))])
+    batch = pad([Example([i], list(range(10, 10 + length))) for i, length in enumerate((2, 5, 1, 4, 3))])
     first = over_micro_batches(lambda part: part.tokens[:, 0].double(), batch, max_tokens)
     assert first.tolist() == [0, 1, 2, 3, 4] and first.dtype == torch.float64
     per_token = over_micro_batches(lambda part: part.tokens[:, 1:].float(), batch, max_tokens)

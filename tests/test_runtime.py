@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from minirlhf import runtime
-from minirlhf.runtime import Stream, UserError, autocast, require, resolve_device, resolve_dtype, run_script
+from minirlhf.config import run_script
+from minirlhf.runtime import Stream, UserError, autocast, require, resolve_device, resolve_dtype
 
 
 @dataclass

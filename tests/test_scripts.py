@@ -22,11 +22,15 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import data, ppo_update
+from minirlhf.batch import Example, batch_indices, pad
+from minirlhf.comparisons import Comparison
+from minirlhf.encode import Record, encode_comparison, encode_prompt, split_by_prompt
+from minirlhf.files import write_records
 from minirlhf.generate import generate
-from minirlhf.metrics import read_rows
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel
+from minirlhf.runs.log import read_rows
 from minirlhf.runtime import Stream, UserError
 
 
@@ -78,9 +82,9 @@ def test_sft_warms_up_and_then_follows_a_cosine_to_a_tenth(sft: SimpleNamespace)
 def test_sft_takes_the_batches_of_its_seed(sft: SimpleNamespace) -> None:
     records = data.load(sft.run / "train.jsonl", "demonstrations")
     for step, call in enumerate(sft.steps):
-        rows = data.batch_indices(20, 8, seed=tiny.SEED, step=step)
+        rows = batch_indices(20, 8, seed=tiny.SEED, step=step)
         expected = [
-            (data.encode_prompt(ENCODING, records[i]["prompt"]), ENCODING.encode_ordinary(records[i]["response"]))
+            (encode_prompt(ENCODING, records[i]["prompt"]), ENCODING.encode_ordinary(records[i]["response"]))
             for i in rows
         ]
         expected = [(prompt, [*response, EOS]) for prompt, response in expected]
@@ -103,12 +107,12 @@ def test_sft_may_start_from_a_folder(sft: SimpleNamespace, tmp_path: Path) -> No
     assert tiny.equal(*(tiny.weights(GPT.from_pretrained(f)) for f in (start, run / "sft" / "model")))
 
 
-def mean_loss(model: GPT, records: list[data.Record]) -> float:
+def mean_loss(model: GPT, records: list[Record]) -> float:
     """Over all response tokens of the records together."""
     logprobs = [
         response_logprobs(
             model,
-            data.encode_prompt(ENCODING, r["prompt"]),
+            encode_prompt(ENCODING, r["prompt"]),
             [*ENCODING.encode_ordinary(r["response"]), EOS],
         )
         for r in records
@@ -127,28 +131,28 @@ def test_sft_measures_held_out_records_every_so_often_and_at_the_end(sft: Simple
 
 
 # ------------------------------------------------------------------------------------------------- comparisons, shared
-def rankings(run: Path) -> tuple[list[data.Record], list[data.Record]]:
+def rankings(run: Path) -> tuple[list[Record], list[Record]]:
     """Training and held-out records by the definition of the split: a quarter of the prompts."""
     records = data.load(run / "feedback" / "rankings.jsonl", "pairs")
-    train, held_out = data.split_by_prompt(records, share=0.25, seed=tiny.SEED)
+    train, held_out = split_by_prompt(records, share=0.25, seed=tiny.SEED)
     assert len(held_out) == round(0.25 * len(records)) == 4
     return train, held_out
 
 
-def pairs_of(records: list[data.Record]) -> list[tuple[list[int], list[int], list[int]]]:
+def pairs_of(records: list[Record]) -> list[tuple[list[int], list[int], list[int]]]:
     """(prompt, better, worse) ids of every pair with unequal ranks."""
     pairs = []
     for r in records:
-        prompt = data.encode_prompt(ENCODING, r["prompt"])
+        prompt = encode_prompt(ENCODING, r["prompt"])
         for better, i in zip(r["response_ids"], r["ranks"], strict=True):
             pairs += [(prompt, better, w) for w, j in zip(r["response_ids"], r["ranks"], strict=True) if i < j]
     return pairs
 
 
-def assert_batches_of_the_seed(steps: list[tiny.Call], train: list[data.Record]) -> None:
+def assert_batches_of_the_seed(steps: list[tiny.Call], train: list[Record]) -> None:
     comparable = [r for r in train if pairs_of([r])]
     for step, call in enumerate(steps):
-        rows = data.batch_indices(len(comparable), 5, seed=tiny.SEED, step=step)
+        rows = batch_indices(len(comparable), 5, seed=tiny.SEED, step=step)
         found = [[e.response_ids for e in c.examples] for c in call.arguments["comparisons"]]
         assert found == [comparable[i]["response_ids"] for i in rows]
 
@@ -162,17 +166,17 @@ def assert_linear(steps: list[tiny.Call], rows: list[dict[str, float]], total: i
         assert call.before.rates == [expected, expected]
 
 
-def records_of(call: tiny.Call, records: list[data.Record]) -> list[data.Record]:
+def records_of(call: tiny.Call, records: list[Record]) -> list[Record]:
     """The records whose comparisons a step trained on."""
     asked = [c.examples[0].prompt_ids for c in call.arguments["comparisons"]]
-    return [r for ids in asked for r in records if data.encode_prompt(ENCODING, r["prompt"]) == ids]
+    return [r for ids in asked for r in records if encode_prompt(ENCODING, r["prompt"]) == ids]
 
 
 @pytest.mark.parametrize("dropped", range(4))
 def test_ranks_stay_with_their_responses_when_one_does_not_fit(dropped: int) -> None:
     responses = [" Yes" * (11 if i == dropped else i + 1) for i in range(4)]  # 12 with EOS: no room for a prompt
     record = {"prompt": "q", "responses": responses, "ranks": [2, 0, 3, 1]}
-    comparison = data.encode_comparison(ENCODING, record, max_length=12)
+    comparison = encode_comparison(ENCODING, record, max_length=12)
     kept = [i for i in range(4) if i != dropped]
     assert [len(e.response_ids) for e in comparison.examples] == [i + 2 for i in kept]  # the EOS counts
     ranks = [(2, 0, 3, 1)[i] for i in kept]
@@ -256,8 +260,7 @@ def test_reward_is_measured_on_held_out_prompts_after_the_last_step(reward: Simp
 def test_accuracy_by_margin_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Six pairs with differences 1, 2 | -10, 11 | -50, -60 in thirds by size: right, half right, wrong."""
     comparisons = [
-        data.Comparison([data.Example([0], [100 + d]), data.Example([0], [100])], [(0, 1)])
-        for d in (-10, 2, -60, 11, 1, -50)
+        Comparison([Example([0], [100 + d]), Example([0], [100])], [(0, 1)]) for d in (-10, 2, -60, 11, 1, -50)
     ]
     monkeypatch.setattr(train_reward, "response_scores", lambda model, batch: batch.tokens.flatten()[batch.targets])
     metrics = train_reward.held_out(None, comparisons, torch.device("cpu"), max_tokens=8)
@@ -272,7 +275,7 @@ def test_scores_have_mean_0_and_deviation_1_over_answers_of_the_sft_model(reward
     assert tiny.equal(tiny.weights(trained), tiny.weights(saved))  # normalised in place
     samples = generate(
         sft,
-        [data.encode_prompt(ENCODING, p) for p in tiny.PROMPTS[:8]],
+        [encode_prompt(ENCODING, p) for p in tiny.PROMPTS[:8]],
         max_new_tokens=tiny.LONGEST,
         eos_id=EOS,
         seed=tiny.SEED,
@@ -480,7 +483,7 @@ def test_the_ratio_deviation_is_the_largest_of_all_micro_batches(longest: bool, 
 
 def experience_of(rows: int) -> train_ppo.Experience:
     """Rows that can be told apart by their score."""
-    batch = data.pad([data.Example([1], [2, 3])] * rows)
+    batch = pad([Example([1], [2, 3])] * rows)
     numbers, zeros = torch.arange(rows).float(), torch.zeros(rows, 2)
     return train_ppo.Experience(
         batch.tokens,
@@ -593,6 +596,6 @@ def test_gradients_are_clipped_to_the_limit_that_was_given(module: ModuleType, t
 def test_comparisons_of_a_single_prompt_are_refused(stage: str, tmp_path: Path) -> None:
     run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "feedback")
     file = run / "feedback" / "rankings.jsonl"
-    data.write_records(file, data.load(file, "pairs")[:1])
+    write_records(file, data.load(file, "pairs")[:1])
     with pytest.raises(UserError, match="at least two prompts"):
         tiny.run_stage(stage, run)

@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 
 import pytest
 
+from minirlhf.config import Count, Positive, Range, Settings, field_ranges, flag
 from minirlhf.runtime import UserError
-from minirlhf.settings import Count, Positive, Range, Settings, field_ranges, flag
 
 CONFIGS = [
     *(f"train_{stage}.Config" for stage in ("sft", "reward", "ppo", "dpo")),

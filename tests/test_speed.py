@@ -25,7 +25,9 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, environment, kv_cache, model, rollout
+from minirlhf import kv_cache, model, reward_functions, rollout
+from minirlhf.batch import Example, pad
+from minirlhf.comparisons import pad_comparisons
 from minirlhf.generate import generate
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel, ValueModel
@@ -76,7 +78,7 @@ def row_flops(tokens: int, positions: int) -> float:
 
 def test_keys_that_are_attended_are_those_that_the_mask_shows() -> None:
     for comparison in ours.comparisons(SMOKE)[0]:
-        batch = data.pad_comparisons([comparison])
+        batch = pad_comparisons([comparison])
         responses = [len(e.response_ids) for e in comparison.examples]
         assert workloads.attended(len(comparison.prompt_ids), responses) == batch.visible.sum()
 
@@ -84,7 +86,7 @@ def test_keys_that_are_attended_are_those_that_the_mask_shows() -> None:
 def test_flops_of_an_sft_step() -> None:
     size = EQUAL
     gpt = ours.model(size)
-    batch = data.pad([data.Example(row[:1], row[1:]) for row in workloads.sft_batches(size)[0].tolist()])
+    batch = pad([Example(row[:1], row[1:]) for row in workloads.sft_batches(size)[0].tolist()])
     state = train_sft.State(gpt, adamw(gpt, learning_rate=0.0))
     flops = counted(lambda: train_sft.train_step(state, batch, micro_batch_tokens=1000, max_grad_norm=1.0))
     n = size.sft_length - 1
@@ -169,12 +171,12 @@ WIDE = replace(SMOKE, vocabulary=VOCABULARY)
 
 def sft_stage() -> Callable[[], object]:
     gpt = ours.model(WIDE)
-    batch = data.pad([data.Example(row[:1], row[1:]) for row in workloads.sft_batches(WIDE)[0].tolist()])
+    batch = pad([Example(row[:1], row[1:]) for row in workloads.sft_batches(WIDE)[0].tolist()])
     state = train_sft.State(gpt, adamw(gpt, learning_rate=0.0))
 
     def run() -> None:
         train_sft.train_step(state, batch, micro_batch_tokens=1000, max_grad_norm=1.0)
-        examples = [data.Example(ids[:2], ids[2:]) for ids in batch.tokens.tolist()]
+        examples = [Example(ids[:2], ids[2:]) for ids in batch.tokens.tolist()]
         train_sft.held_out(gpt, examples, CPU, max_tokens=1000)
 
     return run
@@ -207,7 +209,7 @@ def dpo_stage() -> Callable[[], object]:
 
 def ppo_stage() -> Callable[[], object]:
     models = speed_ppo.models(WIDE, CPU)
-    reward = environment.reward_function(models.pop("reward_model"))
+    reward = reward_functions.reward_function(models.pop("reward_model"))
     config = replace(speed_ppo.settings(WIDE, "cpu"), minibatches=1, micro_batch_tokens=1000)
     trained: tuple[model.GPT, ValueModel] = (models["policy"], models["value_model"])
     state = train_ppo.State(*trained, *[adamw(m, learning_rate=0.0) for m in trained], None)

@@ -30,7 +30,9 @@ import speed_sft
 import worker
 import workloads
 
-from minirlhf import data, model, rollout
+from minirlhf import batch, model, rollout
+from minirlhf.batch import Example
+from minirlhf.comparisons import Comparison
 
 BENCHMARKS = Path(speed.__file__).parent
 SMOKE = workloads.SIZES["smoke"]
@@ -175,15 +177,15 @@ def test_the_scaling_plot_is_drawn(small: None, tmp_path: Path) -> None:
 
 
 def test_padding_is_what_the_longest_row_of_a_micro_batch_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "micro_batches", lambda lengths, budget: [torch.arange(len(lengths))])
+    monkeypatch.setattr(batch, "micro_batches", lambda lengths, budget: [torch.arange(len(lengths))])
 
-    def example(prompt: int, response: int) -> data.Example:
-        return data.Example([5] * prompt, [6] * response)
+    def example(prompt: int, response: int) -> Example:
+        return Example([5] * prompt, [6] * response)
 
     lengths = [(1, 9), (2, 3)] * 16  # 32 rows, the batch of the small preset: 16 of 10 tokens and 16 of 5
     texts = {
         "demonstrations": [example(*n) for n in lengths],
-        "comparisons": [data.Comparison([example(4, 2), example(4, 6)], [(0, 1)]) for _ in range(32)],
+        "comparisons": [Comparison([example(4, 2), example(4, 6)], [(0, 1)]) for _ in range(32)],
     }
     result = padding.measure("sft", "tiny", texts)
     assert (result["padding"], result["micro_batches_a_step"]) == (0.25, 1.0)  # 80 of 320 positions

@@ -17,8 +17,9 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, ppo_update
-from minirlhf.data import Comparison, Example
+from minirlhf import ppo_update
+from minirlhf.batch import Example, pad
+from minirlhf.comparisons import Comparison
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel, ValueModel
@@ -70,7 +71,7 @@ def test_sft_steps(micro_batch_tokens: int) -> None:
         rows = [EXAMPLES[i] for i in halves(step)]
         tokens = sum(len(e.response_ids) for e in rows)
         loss = -sum(oracle.response_logprobs(p, e.prompt_ids, e.response_ids, HEADS).sum() for e in rows) / tokens
-        metrics = train_sft.train_step(state, data.pad(rows), micro_batch_tokens=micro_batch_tokens, max_grad_norm=0.5)
+        metrics = train_sft.train_step(state, pad(rows), micro_batch_tokens=micro_batch_tokens, max_grad_norm=0.5)
         torch.testing.assert_close(metrics["loss"].double(), loss.detach(), atol=1e-9, rtol=1e-9)
         adam.step(loss, learning_rate=1e-2, max_norm=0.5)
     assert_same(model, p)
@@ -177,7 +178,7 @@ def oracle_experience(
 
 def padded(rows: list[Tensor]) -> Tensor:
     """(B, T-1) with each row's numbers where its response is scored."""
-    batch = data.pad(EXAMPLES)
+    batch = pad(EXAMPLES)
     result = torch.zeros(batch.mask.shape, dtype=torch.float64)
     result[batch.mask] = torch.cat([row.detach() for row in rows])
     return result
@@ -196,7 +197,7 @@ def test_ppo_steps(micro_batch_tokens: int) -> None:
     old_values = [oracle.values(v, e.prompt_ids, e.response_ids, HEADS).detach() for e in EXAMPLES]
     advantages, returns = oracle_experience(old, ref_logprobs, old_values)
 
-    batch = data.pad(EXAMPLES)
+    batch = pad(EXAMPLES)
     rollout = Rollout(
         batch.tokens,
         batch.prompt_lengths,

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from minirlhf import runtime, tokenizer
+from minirlhf.config import run_script
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 REAL_DATA = os.environ.get("MINIRLHF_REAL_DATA")
@@ -261,7 +262,7 @@ def test_scripts_end_with_code_2_and_one_line(name, main, message, tmp_path, mon
     monkeypatch.setattr(tiktoken, "get_encoding", offline)
     monkeypatch.setattr(sys, "argv", ["script", "--tokenizer", name])
     with pytest.raises(SystemExit) as caught:
-        runtime.run_script(main, {"only": Config()})
+        run_script(main, {"only": Config()})
     assert caught.value.code == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0]

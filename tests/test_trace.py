@@ -9,11 +9,12 @@ import tiny
 import torch
 
 import train_ppo
-from minirlhf import data, trace
-from minirlhf.feedback.collect import response_text
+from minirlhf import data
+from minirlhf.evaluate import trace
+from minirlhf.evaluate.trace import Trace, read_trace
 from minirlhf.model import GPT
 from minirlhf.runtime import project_file
-from minirlhf.trace import Trace, read_trace
+from minirlhf.tokenizer import response_text
 from minirlhf.world import judge
 
 FEW = 5  # prompts

@@ -13,10 +13,10 @@ import pytest
 import tiny
 
 import train_dpo
-from minirlhf import track
-from minirlhf.metrics import read_rows
+from minirlhf.config import run_script
 from minirlhf.model import GPT
-from minirlhf.runtime import UserError, run_script
+from minirlhf.runs.log import read_rows, require_tracker
+from minirlhf.runtime import UserError
 
 # A package that writes down what it is told.
 WANDB = """
@@ -159,8 +159,8 @@ def test_a_folder_that_wandb_left_behind_is_no_package(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
     assert importlib.util.find_spec("wandb") is not None
     with pytest.raises(UserError, match="--track wandb: this package is not installed"):
-        track.require_installed("wandb")
-    track.require_installed(None)
+        require_tracker("wandb")
+    require_tracker(None)
 
 
 def test_an_unknown_tracker_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:

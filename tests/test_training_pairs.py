@@ -16,6 +16,7 @@ from tiny import ENCODING
 import train_reward
 from minirlhf import data
 from minirlhf.bradley_terry import bradley_terry_loss
+from minirlhf.encode import Record, encode_comparison, encode_comparisons, pairs_from_ranks, split_by_prompt
 from minirlhf.feedback import pairs
 from minirlhf.feedback.labels import Label, ranks_of
 from minirlhf.feedback.pairs import join_pairs, training_records
@@ -32,11 +33,11 @@ def label(prompt: str, responses: str, ranks: tuple[int, ...], labeller: str = "
     )
 
 
-def trained_pairs(records: list[data.Record]) -> Counter:
+def trained_pairs(records: list[Record]) -> Counter:
     """(prompt, better, worse) of all pairs that the encoder makes of the records; it is what training learns from."""
     found: Counter = Counter()
     for record in records:
-        comparison = data.encode_comparison(ENCODING, record, max_length=90)
+        comparison = encode_comparison(ENCODING, record, max_length=90)
         texts = [chr(example.response_ids[0]) for example in comparison.examples]
         found.update((record["prompt"], texts[i], texts[j]) for i, j in comparison.pairs)
     return found
@@ -125,7 +126,7 @@ def test_ties_that_are_kept_reach_the_reward_models_own_setting() -> None:
     labels = [label("p", "ab", (0, 0)), label("q", "ab", (0, 1)), label("r", "ab", (0, 0), verdict="skip")]
     records = training_records(labels, form="rankings", ties="keep")
     assert [record["ranks"] for record in records] == [[0, 0], [0, 1]]
-    (tie,) = data.encode_comparisons(ENCODING, records[:1], max_length=90, ties=True)
+    (tie,) = encode_comparisons(ENCODING, records[:1], max_length=90, ties=True)
     assert tie.pairs == [(0, 1), (1, 0)] and tie.weights == [0.5, 0.5]
 
 
@@ -182,8 +183,8 @@ def test_training_reads_what_is_written(ties: str, form: str, tmp_path: Path) ->
         train_reward.main(config)
     seen = sum(len(c.pairs) for call in calls for c in call.arguments["comparisons"])
     records = data.load(output, "pairs")
-    train, _ = data.split_by_prompt(records, share=config.validation_share, seed=config.seed)
-    assert seen == sum(len(data.pairs_from_ranks(record["ranks"])) for record in train)
+    train, _ = split_by_prompt(records, share=config.validation_share, seed=config.seed)
+    assert seen == sum(len(pairs_from_ranks(record["ranks"])) for record in train)
 
 
 def test_nothing_to_learn_from_and_settings_out_of_range(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf.bootstrap import bootstrap_interval, estimate, interval_of, resampled
-from minirlhf.win_rate import RIDGE, length_controlled, presentations, verdicts, wins
+from minirlhf.evaluate.bootstrap import bootstrap_interval, estimate, interval_of, resampled
+from minirlhf.evaluate.win_rate import RIDGE, length_controlled, presentations, verdicts, wins
 
 
 # ----------------------------------------------------------------------------------------------------------- intervals

@@ -26,8 +26,10 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, online_dpo, tokenizer, world
+from minirlhf import online_dpo, tokenizer, world
+from minirlhf.batch import Batch
 from minirlhf.feedback import __main__ as feedback
+from minirlhf.files import write_records
 from minirlhf.model import GPT
 
 ENCODING = tokenizer.load("world")
@@ -41,9 +43,9 @@ def write_inputs(run: Path) -> None:
     """Demonstrations, held-out demonstrations and prompts, in the run's own folder."""
     answers = [world.ideal(p) if i % 2 else " Yes." for i, p in enumerate(PROMPTS)]  # short ones, to learn EOS from
     demonstrations = [{"prompt": p, "response": a} for p, a in zip(PROMPTS, answers, strict=True)]
-    data.write_records(run / "train.jsonl", demonstrations)
-    data.write_records(run / "validation.jsonl", demonstrations[::3])
-    data.write_records(run / "prompts.jsonl", [{"prompt": p} for p in PROMPTS[:10]])
+    write_records(run / "train.jsonl", demonstrations)
+    write_records(run / "validation.jsonl", demonstrations[::3])
+    write_records(run / "prompts.jsonl", [{"prompt": p} for p in PROMPTS[:10]])
 
 
 def sft_config(run: Path) -> train_sft.Config:
@@ -236,7 +238,7 @@ def response_logprobs(model: GPT, prompt: list[int], response: list[int], temper
     return torch.stack([row[token] - row.logsumexp(0) for row, token in zip(rows, response, strict=True)])
 
 
-def prompt_and_response(batch: data.Batch) -> list[tuple[list[int], list[int]]]:
+def prompt_and_response(batch: Batch) -> list[tuple[list[int], list[int]]]:
     """Each row's prompt ids and response ids."""
     prompts = [row[:n] for row, n in zip(batch.tokens.tolist(), batch.prompt_lengths.tolist(), strict=True)]
     return list(zip(prompts, batch.response_ids(), strict=True))

@@ -30,11 +30,13 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, environment, ppo_update, processes
+from minirlhf import distributed, ppo_update, reward_functions
+from minirlhf.batch import pad
+from minirlhf.config import run_script
 from minirlhf.optim import adamw
 from minirlhf.reward import ValueModel
 from minirlhf.rollout import collect
-from minirlhf.runtime import UserError, run_script
+from minirlhf.runtime import UserError
 
 LIMIT = 60  # seconds for a job
 STAGES = ("sft", "reward", "dpo", "ppo")
@@ -55,7 +57,7 @@ def sft_steps(dtype: torch.dtype, learning_rate: float) -> Iterator[tuple[nn.Mod
     model = new_gpt(0).to(dtype)
     state = train_sft.State(model, adamw(model, learning_rate=learning_rate, eps=EPS, weight_decay=0.1))
     while True:
-        batch = data.pad([EXAMPLES[i] for i in ROWS[state.step % 4]])
+        batch = pad([EXAMPLES[i] for i in ROWS[state.step % 4]])
         yield model, train_sft.train_step(state, batch, micro_batch_tokens=10, max_grad_norm=10.0)
 
 
@@ -94,7 +96,7 @@ def ppo_steps(dtype: torch.dtype, learning_rate: float) -> Iterator[tuple[nn.Mod
             policy,
             reference,
             value_model,
-            environment.reward_function(reward_model),
+            reward_functions.reward_function(reward_model),
             prompts,
             keys=[(state.iteration, i) for i in range(len(prompts))],
             seed=0,
@@ -182,7 +184,7 @@ def only_in(rank: int, calls: int, act: Callable[[Tensor], Tensor]) -> None:
     def changed(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         seen.append(None)
         loss = original(x, *args, **kwargs)
-        return act(loss) if len(seen) >= calls and processes.rank() == rank else loss
+        return act(loss) if len(seen) >= calls and distributed.rank() == rank else loss
 
     train_sft.masked_mean = changed
 
@@ -199,19 +201,19 @@ def die(loss: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------------- jobs
 def job_steps(folder: Path) -> None:
     """Everything that is compared with one process; afterwards each process holds the same."""
-    with processes.started():
+    with distributed.started():
         found = {name: (gradients(name), trained(name)) for name in STAGES}
-        torch.save(found, folder / f"{processes.rank()}.pt")
+        torch.save(found, folder / f"{distributed.rank()}.pt")
 
 
 def job_resume(folder: Path) -> None:
     """The middle of every stage, whose beginning and end are made in one process."""
     torch.set_default_dtype(torch.float64)
-    with processes.started():
+    with distributed.started():
         for name in STAGES:
             with pytest.raises(Stop):
                 run(name, folder / "parted" / name, calls=CALLS[name][1], resume=True)
-            processes.barrier()
+            distributed.barrier()
 
 
 def job_no_memory(folder: Path) -> None:
@@ -254,9 +256,9 @@ def job_alone_only(folder: Path) -> None:
 
 def job_bug(folder: Path) -> None:
     def broken(config: object) -> None:
-        if processes.rank() == 1:
+        if distributed.rank() == 1:
             raise ZeroDivisionError
-        processes.barrier()
+        distributed.barrier()
 
     sys.argv = ["train_sft.py"]
     run_script(broken, train_sft.PRESETS, several=True)
@@ -266,7 +268,7 @@ def job_own_error(folder: Path) -> None:
     """Both processes fail at the same time, each for a reason of its own."""
 
     def broken(config: object) -> None:
-        raise UserError(f"of process {processes.rank()}")
+        raise UserError(f"of process {distributed.rank()}")
 
     sys.argv = ["train_sft.py"]
     run_script(broken, train_sft.PRESETS, several=True)

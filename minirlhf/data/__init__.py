@@ -1,85 +1,8 @@
-"""Records, the readers that make them from files of many formats, and the right-padded batches they become.
+"""Anyone's files, as the project's records: containers, formats, readers.
 
 `load` is the one entry for data; `python -m minirlhf.data check FILE` shows what it makes of a file.
 """
 
-from minirlhf.data.batch import (
-    Batch,
-    Example,
-    batch_indices,
-    micro_batches,
-    own_micro_batches,
-    pad,
-    permutation,
-    require_batch,
-    steps_per_epoch,
-    total_steps,
-)
-from minirlhf.data.comparisons import (
-    Comparison,
-    PairBatch,
-    best_against_rest,
-    best_first,
-    over_comparisons,
-    pad_comparisons,
-    pair_micro_batches,
-    pair_numbers,
-    token_count,
-)
-from minirlhf.data.encode import (
-    Record,
-    differing_tokens,
-    encode_comparison,
-    encode_comparisons,
-    encode_demonstration,
-    encode_demonstrations,
-    encode_example,
-    encode_prompt,
-    encode_prompts,
-    pairs_from_ranks,
-    require_both_sides,
-    split_by_prompt,
-)
-from minirlhf.data.readers import Dataset, Kind, load, read, write_records
-from minirlhf.data.sources import is_hub_name, local_files
+from minirlhf.data.readers import Dataset, Kind, is_hub_name, load, local_files, read
 
-__all__ = [
-    "Batch",
-    "Comparison",
-    "Dataset",
-    "Example",
-    "Kind",
-    "PairBatch",
-    "Record",
-    "batch_indices",
-    "best_against_rest",
-    "best_first",
-    "differing_tokens",
-    "encode_comparison",
-    "encode_comparisons",
-    "encode_demonstration",
-    "encode_demonstrations",
-    "encode_example",
-    "encode_prompt",
-    "encode_prompts",
-    "is_hub_name",
-    "load",
-    "local_files",
-    "micro_batches",
-    "own_micro_batches",
-    "over_comparisons",
-    "pad",
-    "pad_comparisons",
-    "pair_micro_batches",
-    "pair_numbers",
-    "pairs_from_ranks",
-    "permutation",
-    "read",
-    "require_batch",
-    "require_both_sides",
-    "split_by_prompt",
-    "steps_per_epoch",
-    "token_count",
-    "total_steps",
-    "write_records",
-]
+__all__ = ["Dataset", "Kind", "is_hub_name", "load", "local_files", "read"]

@@ -19,8 +19,10 @@ import tiktoken
 import tyro
 
 from minirlhf import data, tokenizer
-from minirlhf.runtime import UserError, require, run_script
-from minirlhf.settings import Count, Settings
+from minirlhf.batch import Example, pad
+from minirlhf.config import Count, Settings, run_script
+from minirlhf.encode import Record, encode_comparison, encode_demonstration, encode_prompt
+from minirlhf.runtime import UserError, require
 
 SHOWN = 600  # characters of a text that are printed
 
@@ -71,18 +73,18 @@ def main(config: Config) -> data.Dataset:
     return dataset
 
 
-def _rows(encoding: tiktoken.Encoding, kind: data.Kind, record: data.Record, max_length: int) -> list[data.Example]:
+def _rows(encoding: tiktoken.Encoding, kind: data.Kind, record: Record, max_length: int) -> list[Example]:
     """The rows that a record becomes; none where it does not fit."""
     if kind == "prompts":
-        ids = data.encode_prompt(encoding, record["prompt"])
-        return [data.Example(ids[-max_length:], [], cut=max(0, len(ids) - max_length))]
+        ids = encode_prompt(encoding, record["prompt"])
+        return [Example(ids[-max_length:], [], cut=max(0, len(ids) - max_length))]
     if kind == "demonstrations":
-        return data.encode_demonstration(encoding, record, max_length=max_length)
-    comparison = data.encode_comparison(encoding, record, max_length=max_length)
+        return encode_demonstration(encoding, record, max_length=max_length)
+    comparison = encode_comparison(encoding, record, max_length=max_length)
     return [] if comparison is None else comparison.examples
 
 
-def _show_record(encoding: tiktoken.Encoding, dataset: data.Dataset, rows: list[data.Example]) -> None:
+def _show_record(encoding: tiktoken.Encoding, dataset: data.Dataset, rows: list[Example]) -> None:
     """Each row in two parts, without and with loss, as the batch's own mask divides it."""
     names = (
         ["chosen", "rejected"]
@@ -92,7 +94,7 @@ def _show_record(encoding: tiktoken.Encoding, dataset: data.Dataset, rows: list[
     if not rows:
         print("  it does not fit: its response is too long")
     for name, row in zip(names, rows[:4], strict=False):
-        batch = data.pad([row])
+        batch = pad([row])
         tokens = batch.tokens[0].tolist()
         loss = [False, *batch.mask[0].tolist()]  # nothing predicts the first token
         for on, mark in ((False, "no loss"), (True, "loss")):
@@ -120,7 +122,7 @@ def _show_lengths(encoding: tiktoken.Encoding, dataset: data.Dataset) -> None:
         print(f"  {name:<9}" + "".join(f"{value:>8.0f}" for value in quantiles))
 
 
-def _show_fit(rows: list[list[data.Example]], dataset: data.Dataset, max_length: int) -> None:
+def _show_fit(rows: list[list[Example]], dataset: data.Dataset, max_length: int) -> None:
     lost = sum(not examples for examples in rows)
     cut = [max(e.cut for e in examples) for examples in rows if examples and max(e.cut for e in examples)]
     print(f"in {max_length} tokens: {lost} left out (response too long, or its two sides have the same tokens)")

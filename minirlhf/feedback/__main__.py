@@ -23,6 +23,8 @@ from pathlib import Path
 from typing import Literal
 
 from minirlhf import data, tokenizer
+from minirlhf.config import Count, Finite, Fraction, NotNegative, Seed, Settings, run_script
+from minirlhf.encode import Record, pairs_from_ranks
 from minirlhf.feedback import (
     candidates,
     endpoint_judge,
@@ -35,11 +37,10 @@ from minirlhf.feedback import (
     stats,
 )
 from minirlhf.feedback.collect import collect, reencoded_differently
-from minirlhf.metrics import source_hash
+from minirlhf.files import source_hash, write_records
 from minirlhf.model import GPT
-from minirlhf.runtime import project_file, require, resolve_device, run_script
-from minirlhf.settings import Count, Finite, Fraction, NotNegative, Seed, Settings
-from minirlhf.stage import Stage
+from minirlhf.runs.stage import Stage
+from minirlhf.runtime import project_file, require, resolve_device
 from minirlhf.world import TEMPERATURE, Labeller, judge
 
 
@@ -103,14 +104,14 @@ def main(config: Config) -> Path:
             seed=config.seed,
         )
         rank(records, config, source_hash(folder))
-        data.write_records(output, [r for r in records if len(r["responses"]) >= 2])
+        write_records(output, [r for r in records if len(r["responses"]) >= 2])
         tokens = sum(len(ids) for r in records for ids in r["response_ids"])
         reencoded = sum(reencoded_differently(encoding, r) for r in records)
         stage.finish(0, {**statistics(records), "reencoded_differently": reencoded}, tokens=tokens)
     return output
 
 
-def rank(records: list[data.Record], config: Config, policy: str) -> None:
+def rank(records: list[Record], config: Config, policy: str) -> None:
     """Let the simulated labeller rank the responses of each record; ranks and provenance go into the record."""
     labeller = Labeller(config.labeller_temperature, config.noise, config.length_bias, config.seed)
     provenance = {
@@ -124,12 +125,12 @@ def rank(records: list[data.Record], config: Config, policy: str) -> None:
         record |= provenance
 
 
-def statistics(records: list[data.Record]) -> dict:
+def statistics(records: list[Record]) -> dict:
     """Counts, and how often the labels agree with the judge on pairs whose judge scores differ."""
     agreed = differing = pairs = 0
     for record in records:
         totals = [judge(record["prompt"], text).total for text in record["responses"]]
-        for better, worse in data.pairs_from_ranks(record["ranks"]):
+        for better, worse in pairs_from_ranks(record["ranks"]):
             pairs += 1
             differing += totals[better] != totals[worse]
             agreed += totals[better] > totals[worse]

@@ -22,15 +22,17 @@ from typing import Any, Literal
 import tiktoken
 
 from minirlhf import data, tokenizer
-from minirlhf.data.fields import text_of
+from minirlhf.config import Count, NotNegative, Seed, Settings
+from minirlhf.data.formats import text_of
+from minirlhf.encode import Record, encode_prompts
 from minirlhf.feedback import lines
-from minirlhf.feedback.collect import SLOTS, response_text
+from minirlhf.feedback.collect import SLOTS
+from minirlhf.files import source_hash, write_records
 from minirlhf.generate import generate
-from minirlhf.hub import model_folder
-from minirlhf.metrics import source_hash
+from minirlhf.hf.hub import model_folder
 from minirlhf.model import GPT
 from minirlhf.runtime import Stream, project_file, require, resolve_device
-from minirlhf.settings import Count, NotNegative, Seed, Settings
+from minirlhf.tokenizer import response_text
 
 
 @dataclass
@@ -115,7 +117,7 @@ def main(config: Config) -> Path:
     )
     kept = [record for record in records if len(record["responses"]) >= 2]
     require(len(kept) > 0, "every prompt got the same answer each time; raise --temperatures or --rounds")
-    data.write_records(output, kept)
+    write_records(output, kept)
     full = sum(len(record["responses"]) == config.candidates for record in kept)
     print(f"{output}: {len(kept)} prompts, {full} with {config.candidates} different answers")
     if len(kept) < len(records):
@@ -152,14 +154,14 @@ def sample_candidates(
     rounds: int,
     max_new_tokens: int,
     seed: int,
-) -> list[data.Record]:
+) -> list[Record]:
     """A record a prompt with at most `count` answers, no two the same text; see the head of this file.
 
     Draw n of a prompt comes from source n mod S, in the stream of (seed, prompt, n): a record depends on no other
     prompt. Of equal texts the first draw is kept.
     """
     room = sources[0].policy.config.n_positions - max_new_tokens
-    ids = data.encode_prompts(encoding, prompts, max_length=room)
+    ids = encode_prompts(encoding, prompts, max_length=room)
     drawn: list[dict[str, dict[str, Any]]] = [{} for _ in prompts]
     for n in range(rounds * count):
         lacking = [i for i in range(len(prompts)) if len(drawn[i]) < count]
@@ -201,7 +203,7 @@ def _draw(
     ]
 
 
-def _record(prompt: str, answers: dict[str, dict[str, Any]], seed: int) -> data.Record:
+def _record(prompt: str, answers: dict[str, dict[str, Any]], seed: int) -> Record:
     names = next(iter(answers.values()))
     columns = {name: [answer[name] for answer in answers.values()] for name in names}
     return {"prompt": prompt, "responses": list(answers), **columns, "seed": seed}

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 import tiktoken
 
-from minirlhf import data, tokenizer
-from minirlhf.data import Record
+from minirlhf import tokenizer
+from minirlhf.encode import Record, encode_prompt
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.runtime import Stream
+from minirlhf.tokenizer import response_text
 
 SLOTS = 1024  # rows decoded at a time: bounds the KV cache; answers stay the same but for rounding
 
@@ -31,7 +32,7 @@ def collect(
     where the model wrote it). Later stages train on those ids: a model may write a word in other pieces than the
     tokenizer would. A prompt with a single distinct answer gives a record with one response.
     """
-    ids = [data.encode_prompt(encoding, prompt) for prompt in prompts]
+    ids = [encode_prompt(encoding, prompt) for prompt in prompts]
     samples = generate(
         policy,
         [ids[i] for i in range(len(ids)) for _ in range(candidates)],
@@ -50,11 +51,6 @@ def collect(
             distinct.setdefault(response_text(encoding, response_ids), response_ids)
         records.append({"prompt": prompt, "responses": list(distinct), "response_ids": list(distinct.values())})
     return records
-
-
-def response_text(encoding: tiktoken.Encoding, response_ids: Sequence[int]) -> str:
-    """The text of sampled ids, without the closing EOS."""
-    return tokenizer.decode(encoding, [i for i in response_ids if i != encoding.eot_token])
 
 
 def reencoded_differently(encoding: tiktoken.Encoding, record: Record) -> int:

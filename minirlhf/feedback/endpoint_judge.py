@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minirlhf.config import Count, Positive, Smoothing
 from minirlhf.feedback import machine
 from minirlhf.feedback.calls import CallLog
 from minirlhf.feedback.endpoint import Endpoint, share_of
@@ -21,7 +22,6 @@ from minirlhf.feedback.judge_model import pairwise, questions
 from minirlhf.feedback.machine import Opinion, label_by_machine, opinion_of
 from minirlhf.feedback.tasks import Mode, Task
 from minirlhf.runtime import UserError
-from minirlhf.settings import Count, Positive, Smoothing
 
 
 @dataclass

@@ -27,16 +27,18 @@ from typing import Literal, TypeVar
 import tiktoken
 import torch
 
-from minirlhf import data, tokenizer
-from minirlhf.data.fields import message_prompt
+from minirlhf import tokenizer
+from minirlhf.batch import Example, pad
+from minirlhf.config import Count, Smoothing
+from minirlhf.data.formats import message_prompt
+from minirlhf.encode import Record, encode_prompt, pairs_from_ranks
 from minirlhf.feedback import machine
 from minirlhf.feedback.machine import Opinion, label_by_machine, opinion_of
 from minirlhf.feedback.tasks import Mode, Task
-from minirlhf.hub import model_folder
+from minirlhf.hf.hub import model_folder
 from minirlhf.model import GPT
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import require, resolve_device
-from minirlhf.settings import Count, Smoothing
 
 T = TypeVar("T")
 VERDICTS = (" A", " B")
@@ -114,34 +116,32 @@ def pairwise(values: Sequence[T]) -> list[tuple[T, T]]:
     return list(zip(values[::2], values[1::2], strict=True))
 
 
-def worked_comparisons(record: data.Record) -> list[data.Record]:
+def worked_comparisons(record: Record) -> list[Record]:
     """Demonstrations of verdicts for `train_sft.py`: every pair of a ranking in both orders; ties teach nothing."""
     texts = record["responses"]
     return [
         {"prompt": comparison_text(record["prompt"], texts[a], texts[b]), "response": verdict}
-        for better, worse in data.pairs_from_ranks(record["ranks"])
+        for better, worse in pairs_from_ranks(record["ranks"])
         for a, b, verdict in ((better, worse, VERDICTS[0]), (worse, better, VERDICTS[1]))
     ]
 
 
-def first_preferred(
-    model: GPT, rows: Sequence[tuple[data.Example, data.Example]], *, micro_batch_tokens: int
-) -> list[float]:
+def first_preferred(model: GPT, rows: Sequence[tuple[Example, Example]], *, micro_batch_tokens: int) -> list[float]:
     """q of each comparison, from its rows with the one and the other verdict: P(" A") among the two."""
-    batch = data.pad([row for both in rows for row in both]).to(model.wte.weight.device)
+    batch = pad([row for both in rows for row in both]).to(model.wte.weight.device)
     logprobs = over_micro_batches(
         lambda part: model.logprobs(part.tokens, part.mask).sum(dim=1), batch, micro_batch_tokens
     )
     return torch.softmax(logprobs.view(-1, 2).double(), dim=1)[:, 0].tolist()
 
 
-def verdict_rows(model: GPT, encoding: tiktoken.Encoding, text: str) -> tuple[data.Example, data.Example]:
+def verdict_rows(model: GPT, encoding: tiktoken.Encoding, text: str) -> tuple[Example, Example]:
     """The text with each verdict. No EOS follows: how a model ends is not its verdict."""
     room = model.config.n_positions
     ids = [tokenizer.encode(encoding, verdict) for verdict in VERDICTS]
     require(max(map(len, ids)) < room, f"the judge's context of {room} tokens is too short for a verdict")
     # Both lose the same tokens where they do not fit: else they would answer different questions.
-    prompt_ids = data.encode_prompt(encoding, text)
+    prompt_ids = encode_prompt(encoding, text)
     kept = prompt_ids[-(room - max(map(len, ids))) :]
-    first, second = (data.Example(kept, verdict, cut=len(prompt_ids) - len(kept)) for verdict in ids)
+    first, second = (Example(kept, verdict, cut=len(prompt_ids) - len(kept)) for verdict in ids)
     return first, second

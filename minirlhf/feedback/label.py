@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from minirlhf.config import Count, Fraction, Port, Seed, Settings
 from minirlhf.feedback.candidates import read_candidates
 from minirlhf.feedback.label_file import LabelFile
 from minirlhf.feedback.page import label_on_page
@@ -21,7 +22,6 @@ from minirlhf.feedback.session import Session
 from minirlhf.feedback.tasks import Mode, make_tasks
 from minirlhf.feedback.terminal import label_in_terminal
 from minirlhf.runtime import require
-from minirlhf.settings import Count, Fraction, Port, Seed, Settings
 
 
 @dataclass

@@ -27,15 +27,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minirlhf import data
-from minirlhf.data.fields import BadRow, LeftOut, as_answer, text_of
-from minirlhf.data.formats import FORMATS
+from minirlhf.config import Count, Seed, Settings
+from minirlhf.data.formats import FORMATS, BadRow, LeftOut, as_answer, text_of
+from minirlhf.encode import Record
 from minirlhf.feedback import lines
 from minirlhf.feedback.candidates import read_candidates
 from minirlhf.feedback.labels import Label, parse_label, ranks_of
 from minirlhf.feedback.tasks import Task, make_tasks
+from minirlhf.files import write_records
 from minirlhf.runtime import require
-from minirlhf.settings import Count, Seed, Settings
 
 LAYOUTS = [form for form in FORMATS if form.name.startswith("Label Studio")]
 
@@ -108,7 +108,7 @@ def import_labels(config: ImportConfig) -> Path:
     require(not output.exists(), f"{output}: exists already; give another --output, or move it away")
     labels, left_out = read_export(config.export)
     require(len(labels) > 0, f"{config.export}: no task in it is labelled")
-    data.write_records(output, [label.record() for label in labels])
+    write_records(output, [label.record() for label in labels])
     print(f"{output}: {len(labels)} labels" + "".join(f", {n} tasks left out: {why}" for why, n in left_out.items()))
     return output
 
@@ -144,7 +144,7 @@ def _labels(row: lines.Row) -> list[Label]:
     return labels
 
 
-def _texts(pair: data.Record, left: bool) -> lines.Row:
+def _texts(pair: Record, left: bool) -> lines.Row:
     sides = [pair["chosen"], pair["rejected"]]
     return {"prompt": pair["prompt"], "responses": sides if left else sides[::-1], "shown": [0, 1]}
 

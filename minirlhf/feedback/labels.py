@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minirlhf.data.fields import BadRow, describe, text_of
+from minirlhf.data.formats import BadRow, describe, text_of
 from minirlhf.feedback import lines
 
 VERDICTS = ("left", "right", "ranked", "tie", "bad", "skip")

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minirlhf.data.fields import BadRow, describe, text_of
-from minirlhf.data.rows import Bad
-from minirlhf.data.sources import read_source
+from minirlhf.data.containers import Bad
+from minirlhf.data.formats import BadRow, describe, text_of
+from minirlhf.data.readers import read_source
 from minirlhf.runtime import UserError, require
 
 T = TypeVar("T")

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from minirlhf import data
+from minirlhf.config import Count, Seed, Settings
 from minirlhf.feedback.agreement import order_bias
 from minirlhf.feedback.candidates import read_candidates
 from minirlhf.feedback.labels import Label
 from minirlhf.feedback.tasks import Mode, Task, make_tasks
+from minirlhf.files import write_records
 from minirlhf.runtime import require
-from minirlhf.settings import Count, Seed, Settings
 
 
 @dataclass
@@ -74,7 +74,7 @@ def label_by_machine(config: Config, mode: Mode, ask: Ask) -> Path:
         seed=config.seed,
     )[: config.max_items]
     labels = [_label(task, opinion, config.labeller) for task, opinion in zip(tasks, ask(tasks), strict=True)]
-    data.write_records(output, [label.record() for label in labels])
+    write_records(output, [label.record() for label in labels])
     skipped = sum(label.verdict == "skip" for label in labels)
     print(f"{output}: {len(labels)} labels" + (f", {skipped} of them skips: no verdict" if skipped else ""))
     for bias in order_bias(labels).values():

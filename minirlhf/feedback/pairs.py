@@ -21,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from minirlhf import data
+from minirlhf.config import Fraction, Seed, Settings
+from minirlhf.encode import Record, pairs_from_ranks, split_by_prompt
 from minirlhf.feedback.agreement import first_labels
 from minirlhf.feedback.judge_model import worked_comparisons
 from minirlhf.feedback.labels import Label, read_labels
+from minirlhf.files import write_records
 from minirlhf.runtime import require
-from minirlhf.settings import Fraction, Seed, Settings
 
 Ties = Literal["drop", "half", "keep"]
 Form = Literal["rankings", "best", "verdicts"]
@@ -65,9 +66,9 @@ def main(config: Config) -> Path:
     labels = [label for file in files for label in read_labels(file)]
     records = training_records(labels, form=config.form, ties=config.ties)
     require(len(records) > 0, f"{len(labels)} labels, but none of them prefers one response; nothing to learn from")
-    train, held_out = data.split_by_prompt(records, share=share, seed=config.seed)
+    train, held_out = split_by_prompt(records, share=share, seed=config.seed)
     _write(output, train, config.form)
-    pairs = sum(len(data.pairs_from_ranks(record["ranks"])) for record in train)
+    pairs = sum(len(pairs_from_ranks(record["ranks"])) for record in train)
     print(f"{output}: {len(train)} records, {pairs} pairs, from {len(labels)} labels")
     if share:
         file = output.with_name("held-out.jsonl")
@@ -76,13 +77,13 @@ def main(config: Config) -> Path:
     return output
 
 
-def _write(file: Path, records: Sequence[data.Record], form: Form) -> None:
+def _write(file: Path, records: Sequence[Record], form: Form) -> None:
     if form == "verdicts":
         records = [worked for record in records for worked in worked_comparisons(record)]
-    data.write_records(file, records)
+    write_records(file, records)
 
 
-def training_records(labels: Sequence[Label], *, form: Form, ties: Ties) -> list[data.Record]:
+def training_records(labels: Sequence[Label], *, form: Form, ties: Ties) -> list[Record]:
     """Ranking records for training, in the order of the labels; see the head of this file."""
     records = join_pairs(first_labels(labels))
     tied = [pair for record in records for pair in _tied_pairs(record, form)] if ties == "half" else []
@@ -94,7 +95,7 @@ def training_records(labels: Sequence[Label], *, form: Form, ties: Ties) -> list
     return [*decided, *decided, *tied] if ties == "half" else decided
 
 
-def join_pairs(labels: Sequence[Label]) -> list[data.Record]:
+def join_pairs(labels: Sequence[Label]) -> list[Record]:
     """One record a label; the pairs of a labeller on a prompt become one where they are a whole ranking."""
     groups: dict[tuple[str, str, int], list[Label]] = defaultdict(list)
     for label in labels:
@@ -107,16 +108,16 @@ def join_pairs(labels: Sequence[Label]) -> list[data.Record]:
     return records
 
 
-def _record(label: Label) -> data.Record:
+def _record(label: Label) -> Record:
     record = {"prompt": label.prompt, "responses": list(label.responses), "ranks": list(label.ranks)}
     return {**record, **_known(label.labeller, sources=label.sources, response_ids=label.response_ids)}
 
 
-def _known(labeller: str, **columns: Sequence[object] | None) -> data.Record:
+def _known(labeller: str, **columns: Sequence[object] | None) -> Record:
     return {"labeller": labeller, **{name: list(values) for name, values in columns.items() if values is not None}}
 
 
-def _ranking_of(group: Sequence[Label]) -> data.Record | None:
+def _ranking_of(group: Sequence[Label]) -> Record | None:
     """The ranking that makes exactly these labels; None where a pair is missing or they contradict each other."""
     texts = list(dict.fromkeys(text for label in group for text in label.responses))
     if len(group) != len(texts) * (len(texts) - 1) // 2:
@@ -140,7 +141,7 @@ def _ranking_of(group: Sequence[Label]) -> data.Record | None:
     return {**ranking, **_known(group[0].labeller, **columns)}
 
 
-def _tied_pairs(record: data.Record, form: Form) -> list[data.Record]:
+def _tied_pairs(record: Record, form: Form) -> list[Record]:
     """Every tie of a record as two records of two, one each way; where the best alone are compared, of the best."""
     ranks, made = record["ranks"], []
     for i, j in itertools.combinations(range(len(ranks)), 2):

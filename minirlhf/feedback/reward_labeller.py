@@ -12,15 +12,17 @@ from typing import Literal
 
 import tiktoken
 
-from minirlhf import data, tokenizer
+from minirlhf import tokenizer
+from minirlhf.batch import Example, pad
+from minirlhf.config import Count
+from minirlhf.encode import encode_comparison
 from minirlhf.feedback import machine
 from minirlhf.feedback.machine import Opinion, label_by_machine
 from minirlhf.feedback.tasks import Mode, Task
-from minirlhf.hub import model_folder
+from minirlhf.hf.hub import model_folder
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import resolve_device
-from minirlhf.settings import Count
 
 TASKS = 64  # scored at a time
 
@@ -67,7 +69,7 @@ def opinions(
     rows = [_rows(encoding, task, model.gpt.config.n_positions) for task in tasks]
     every = [row for answers in rows for row in answers]
     if every:
-        batch = data.pad(every).to(model.score.weight.device)
+        batch = pad(every).to(model.score.weight.device)
         scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), batch, micro_batch_tokens).tolist()
     start = 0
     for answers in rows:
@@ -77,11 +79,11 @@ def opinions(
         yield Opinion(tuple(levels.index(score) for score in mine), scores=mine) if mine else Opinion(None)
 
 
-def _rows(encoding: tiktoken.Encoding, task: Task, max_length: int) -> list[data.Example]:
+def _rows(encoding: tiktoken.Encoding, task: Task, max_length: int) -> list[Example]:
     """The responses as the reward model reads them; none where one of them does not fit."""
     known = task.candidates.response_ids
     record = {"prompt": task.candidates.prompt, "responses": task.candidates.responses}
     record |= {"ranks": range(len(task.shown))} | ({} if known is None else {"response_ids": known})
-    comparison = data.encode_comparison(encoding, record, max_length=max_length)
+    comparison = encode_comparison(encoding, record, max_length=max_length)
     whole = comparison is not None and len(comparison.examples) == len(task.shown)
     return comparison.examples if whole else []

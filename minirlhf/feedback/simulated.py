@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from minirlhf.config import Finite, Fraction, NotNegative
 from minirlhf.feedback import machine
 from minirlhf.feedback.machine import Opinion, label_by_machine
 from minirlhf.feedback.tasks import Mode, Task
 from minirlhf.runtime import UserError
-from minirlhf.settings import Finite, Fraction, NotNegative
 from minirlhf.world import TEMPERATURE, Labeller
 
 

@@ -18,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
+from minirlhf.config import Settings
 from minirlhf.feedback.agreement import Share, between_labellers, order_bias, position_bias, self_agreement
 from minirlhf.feedback.labels import VERDICTS, Label, read_labels
 from minirlhf.feedback.strengths import NoStrengths, strengths
-from minirlhf.metrics import write_json
-from minirlhf.settings import Settings
+from minirlhf.files import write_json
 
 
 @dataclass

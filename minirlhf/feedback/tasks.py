@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from minirlhf.data import permutation
-from minirlhf.data.fields import ASSISTANT, HUMAN
+from minirlhf.batch import permutation
+from minirlhf.data.formats import ASSISTANT, HUMAN
 from minirlhf.feedback.candidates import Candidates
 from minirlhf.feedback.labels import item_id
 from minirlhf.runtime import Stream

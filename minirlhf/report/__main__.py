@@ -14,9 +14,8 @@ from typing import Annotated
 
 import tyro
 
+from minirlhf.config import Settings, run_script
 from minirlhf.report.page import write_report
-from minirlhf.runtime import run_script
-from minirlhf.settings import Settings
 
 
 @dataclass

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from minirlhf.healthy import Band
+from minirlhf.report.healthy import Band
 from minirlhf.report.markup import Html, element, joined, number, text
 
 Point = tuple[float, float]

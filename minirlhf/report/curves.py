@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from minirlhf.healthy import HEALTHY, Band
 from minirlhf.report.chart import Line, figure
+from minirlhf.report.healthy import HEALTHY, Band
 from minirlhf.report.markup import Html, details, element, joined, number, section, table
 from minirlhf.report.run import KINDS, Run, StageRun
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minirlhf.hints import FILE as HINTS
+from minirlhf.evaluate.trace import FILE as TRACE
+from minirlhf.runs.health import HINTS as HINTS
 from minirlhf.runtime import UserError, require
-from minirlhf.trace import FILE as TRACE
 
 KINDS = ("sft", "feedback", "reward", "ppo", "dpo")
 Row = dict[str, Any]

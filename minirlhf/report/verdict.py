@@ -14,7 +14,7 @@ from typing import Literal
 
 import numpy as np
 
-from minirlhf.healthy import HEALTHY
+from minirlhf.report.healthy import HEALTHY
 from minirlhf.report.markup import Html, element, signed
 from minirlhf.report.run import Row, Run, StageRun, is_number
 

@@ -27,12 +27,14 @@ import numpy as np
 import tiktoken
 
 from minirlhf import data, tokenizer
-from minirlhf.hub import model_folder
-from minirlhf.metrics import write_json
+from minirlhf.batch import pad
+from minirlhf.config import Count, Positive, Settings, run_script
+from minirlhf.encode import Record, encode_comparison, split_by_prompt
+from minirlhf.files import write_json
+from minirlhf.hf.hub import model_folder
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
-from minirlhf.runtime import UserError, require, resolve_device, run_script
-from minirlhf.settings import Count, Positive, Settings
+from minirlhf.runtime import UserError, require, resolve_device
 
 BINS = 10
 LENGTHS = (-5, 0, 1, 6)  # tokens by which the better answer is longer: under -5, -5 to -1, 0, 1 to 5, 6 and more
@@ -95,16 +97,16 @@ class Pairs:
 def score_pairs(
     model: RewardModel,
     encoding: tiktoken.Encoding,
-    records: Sequence[data.Record],
+    records: Sequence[Record],
     *,
     scale: float,
     max_tokens: int,
 ) -> Pairs:
     """All pairs of the records, scored. Responses that do not fit the model are left out with their pairs."""
-    encoded = [data.encode_comparison(encoding, record, max_length=model.gpt.config.n_positions) for record in records]
+    encoded = [encode_comparison(encoding, record, max_length=model.gpt.config.n_positions) for record in records]
     kept = [(record, c) for record, c in zip(records, encoded, strict=True) if c is not None]
     require(len(kept) > 0, "no pair of these comparisons can be compared by this model")
-    batch = data.pad([e for _, c in kept for e in c.examples]).to(model.score.weight.device)
+    batch = pad([e for _, c in kept for e in c.examples]).to(model.score.weight.device)
     scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), batch, max_tokens).double().cpu().numpy()
     margins, longer, sources, start = [], [], [], 0
     for record, comparison in kept:
@@ -216,14 +218,14 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def held_out_records(run: Path) -> list[data.Record]:
+def held_out_records(run: Path) -> list[Record]:
     """The comparisons that training <run>/reward held out, as its run.json says."""
     path = run / "reward" / "run.json"
     require(path.is_file(), f"{path}: no such file; train with train_reward.py, or give --comparisons")
     settings = json.loads(path.read_text(encoding="utf-8"))["config"]
     comparisons, split, columns, share, seed = (settings[name] for name in SETTINGS)
     records = data.load(comparisons or run / "feedback" / "rankings.jsonl", "pairs", split=split, columns=columns)
-    return data.split_by_prompt(records, share=share, seed=seed)[1]
+    return split_by_prompt(records, share=share, seed=seed)[1]
 
 
 def scale_of(folder: Path) -> float:

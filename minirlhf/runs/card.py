@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from minirlhf.metrics import read_rows
+from minirlhf.runs.log import read_rows
 
 LOADERS = {
     "GPT2LMHeadModel": "AutoModelForCausalLM",

@@ -25,14 +25,17 @@ from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
-from minirlhf import checkpoint, memory, processes, track
-from minirlhf.checkpoint import MARKER, DiskFull, Manifest, Parts
-from minirlhf.hints import FILE as HINTS
-from minirlhf.hints import Hints
-from minirlhf.metrics import LOGS, RunLog, Value, read_rows, source_hash, versions
+from minirlhf import distributed
+from minirlhf.files import source_hash
+from minirlhf.runs import checkpoint, lock, plan
+from minirlhf.runs.checkpoint import MARKER, DiskFull, Manifest, Parts
+from minirlhf.runs.health import HINTS as HINTS
+from minirlhf.runs.health import Hints
+from minirlhf.runs.log import LOGS, RunLog, Value, read_rows, require_tracker, versions
+from minirlhf.runs.plan import explain_memory, is_out_of_memory, may_try_again, require_number_for_several
 from minirlhf.runtime import DivergenceError, UserError, held_signals, require
 
 KEPT = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
@@ -62,9 +65,9 @@ class Stage:
         self.done = self.saved = 0  # steps that are finished, and how many of them the newest checkpoint holds
         self._undo: Parts | None = None  # the state before the unfinished step, once that has changed it
         self._quality: float | None = None
-        memory.require_number_for_several(config)
-        track.require_installed(getattr(config, "track", None))
-        checkpoint.require_writable(folder)
+        require_number_for_several(config)
+        require_tracker(getattr(config, "track", None))
+        lock.require_writable(folder)
 
     @property
     def finished(self) -> bool:
@@ -107,8 +110,8 @@ class Stage:
         self.state, self.steps, self.checkpoint_every, self.best = state, steps, checkpoint_every, best
         self.nbytes = checkpoint.expected(state).nbytes if state is not None else 0
         with contextlib.ExitStack() as locked:
-            if processes.is_writer():
-                locked.enter_context(checkpoint.only_writer(self.folder))
+            if distributed.is_writer():
+                locked.enter_context(lock.only_writer(self.folder))
             self._begin()
             self._lock = locked.pop_all()
         return self
@@ -116,11 +119,11 @@ class Stage:
     def _begin(self) -> None:
         """In every process: the writer opens the folder, then the others read what it goes on from."""
         self._hashes()  # now: what is read may be in a folder that is moved aside
-        processes.barrier()  # and every process has read it
-        if processes.is_writer():
+        distributed.barrier()  # and every process has read it
+        if distributed.is_writer():
             self._open()
-        processes.barrier()
-        if self.resume and not processes.is_writer():
+        distributed.barrier()
+        if self.resume and not distributed.is_writer():
             self._continue()
         self._require_same()
 
@@ -162,17 +165,17 @@ class Stage:
 
     def _require_same(self) -> None:
         """Raise UserError unless all processes have the same settings, inputs, checkpoint and weights."""
-        if processes.world_size() > 1:
+        if distributed.world_size() > 1:
             config = {name: value for name, value in vars(self.config).items() if name not in checkpoint.CHANGEABLE}
             tensors = checkpoint.parts(self.state).tensors if self.state is not None else {}
             # Of the bits, as integers: the order of adding up must not matter.
             sums = {n: int(t.reshape(-1).view(torch.int16).sum(dtype=torch.int64)) for n, t in tensors.items()}
-            other = processes.differing(f"{config} {list(self._hashes().values())} {self.done} {sums}")
+            other = distributed.differing(f"{config} {list(self._hashes().values())} {self.done} {sums}")
             same = "give every machine the same command, files and run folder"
             require(not other, f"{self.folder.name}: process {other} and process 0 would not train the same: {same}")
 
     def __enter__(self) -> Self:
-        kept = self.state is not None and processes.is_writer()
+        kept = self.state is not None and distributed.is_writer()
         fields = vars(self.state).values() if kept else ()
         optimizers = [value for value in fields if isinstance(value, Optimizer)]
         self._hooks = [optimizer.register_step_pre_hook(self._before_update) for optimizer in optimizers]
@@ -187,7 +190,7 @@ class Stage:
     @property
     def fitted(self) -> Any:
         """The configuration with a number for `--micro-batch-tokens`, which `auto` finds."""
-        return memory.fitted(self.config, self.state)
+        return plan.fitted(self.config, self.state)
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[Any]:
@@ -200,7 +203,7 @@ class Stage:
         try:
             yield fitted
         except Exception as error:
-            if self.done > done or not memory.may_try_again(error, self.config, fitted):
+            if self.done > done or not may_try_again(error, self.config, fitted):
                 raise
         else:
             return
@@ -222,7 +225,7 @@ class Stage:
     def finish(self, step: int, metrics: Mapping[str, Value], *, tokens: int) -> None:
         """The step is done: write its row, and a checkpoint where one is due; `tokens` were processed in it."""
         values = {name: float(value) for name, value in metrics.items()}
-        if not processes.is_writer():
+        if not distributed.is_writer():
             self.done = step + 1
             return
         with held_signals():
@@ -257,10 +260,10 @@ class Stage:
         for hook in self._hooks:
             hook.remove()
         reason = self._explain(error) if error is not None else None
-        if processes.is_writer():
+        if distributed.is_writer():
             self._close(error, reason)
         if error is None:
-            processes.barrier()  # the next stage may read what this one has written
+            distributed.barrier()  # the next stage may read what this one has written
         elif reason is not error:
             raise reason from error
 
@@ -268,7 +271,7 @@ class Stage:
         """Save the last finished step after an error, end the log, mark the stage finished where it is."""
         if error is not None and not isinstance(reason, DiskFull):
             # Where another process has ended, torchrun's SIGTERM is on its way.
-            with held_signals() if isinstance(error, processes.ProcessLost) else contextlib.nullcontext():
+            with held_signals() if isinstance(error, distributed.ProcessLost) else contextlib.nullcontext():
                 self._save_last()
         self.log.close()
         if error is None:
@@ -290,8 +293,8 @@ class Stage:
         where = f"{self.folder.name}, step {self.done}"
         if isinstance(error, DivergenceError):
             return DivergenceError(f"{where}: {error}")
-        if memory.is_out_of_memory(error):
-            return UserError(f"{where}: {memory.explain(self.config, self.fitted)}")
+        if is_out_of_memory(error):
+            return UserError(f"{where}: {explain_memory(self.config, self.fitted)}")
         return checkpoint.disk_full(error, self.folder, self.nbytes) or error
 
     def _hashes(self) -> dict[str, str]:
@@ -299,14 +302,3 @@ class Stage:
         if not hasattr(self, "_known_hashes"):
             self._known_hashes = {str(path): source_hash(path) for path in (*self.inputs, *self.models)}
         return self._known_hashes
-
-
-def require_finite(**tensors: Tensor) -> None:
-    """Raise DivergenceError naming the first tensor that holds a nan or an infinity; goes before the optimizer step."""
-    for name, tensor in tensors.items():
-        bad = int((~torch.isfinite(tensor)).sum())
-        if bad:
-            what = f"is {tensor.item()}" if tensor.ndim == 0 else f"has {bad} of {tensor.numel()} values not finite"
-            raise DivergenceError(
-                f"{name.replace('_', ' ')} {what}: stopped before the optimizer step; try a lower learning rate"
-            )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirlhf import processes
+from minirlhf import distributed
 from minirlhf.runtime import Stream, require
 
 PASS_COST = 48  # what one more pass through a model costs, in positions; measured on a CPU, see docs/speed.md
@@ -121,7 +121,7 @@ def micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
 
 def own_micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
     """The `micro_batches` of those rows that are this process's to compute; alone, of all."""
-    own = processes.share(lengths)
+    own = distributed.share(lengths)
     return [own[part] for part in micro_batches(lengths[own], max_tokens)]
 
 
@@ -146,7 +146,7 @@ def steps_per_epoch(count: int, batch_size: int) -> int:
     return -(-count // batch_size)
 
 
-def total_steps(epochs: float, count: int, batch_size: int) -> int:
+def count_steps(epochs: float, count: int, batch_size: int) -> int:
     """Optimizer steps of `epochs` passes over `count` items; raises UserError where that is none."""
     require_batch("--batch-size", batch_size, count)
     steps = round(epochs * steps_per_epoch(count, batch_size))

@@ -13,11 +13,10 @@ log n - (n-1)/n (Beirami et al. 2024, arXiv 2401.01879).
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import tiktoken
@@ -25,18 +24,21 @@ import torch
 from torch import Tensor
 
 from minirlhf import data, tokenizer
-from minirlhf.bootstrap import bootstrap_interval
-from minirlhf.feedback.collect import SLOTS, response_text
+from minirlhf.batch import Batch
+from minirlhf.config import Count, Seed, Settings
+from minirlhf.encode import encode_prompt
+from minirlhf.evaluate.bootstrap import bootstrap_interval
+from minirlhf.evaluate.judges import PARTS, judge_parts
+from minirlhf.evaluate.win_rate import wins
+from minirlhf.feedback.collect import SLOTS
+from minirlhf.files import write_json, write_records
 from minirlhf.generate import Samples, generate
-from minirlhf.judges import PARTS, judge_parts
-from minirlhf.metrics import write_json
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
-from minirlhf.runtime import Stream, project_file, resolve_device, run_script
-from minirlhf.settings import Count, Seed, Settings
-from minirlhf.win_rate import wins
+from minirlhf.runtime import Stream, project_file, resolve_device
+from minirlhf.tokenizer import response_text
 
 
 @dataclass
@@ -104,7 +106,7 @@ class Evaluator:
     ) -> None:
         self.sft, self.reward_model, self.encoding = sft, reward_model, encoding
         self.prompts, self.config, self.judge_parts = list(prompts), config, judge_parts
-        self.ids = [data.encode_prompt(encoding, p) for p in self.prompts]
+        self.ids = [encode_prompt(encoding, p) for p in self.prompts]
 
     def sample(self, model: GPT, candidates: int = 1) -> Samples:
         """`candidates` answers to each prompt, a prompt's answers next to each other."""
@@ -119,7 +121,7 @@ class Evaluator:
             slots=SLOTS,
         )
 
-    def reward(self, samples: data.Batch) -> Tensor:
+    def reward(self, samples: Batch) -> Tensor:
         """(B,) scores of the reward model."""
         model = self.reward_model
         return over_micro_batches(
@@ -214,7 +216,7 @@ def main(config: Config) -> dict:
     summary["reward_model_agreement"] = evaluator.agreement(samples, rewards, candidates=4)
     summary["models"] = {name: evaluator.summarise(a, answers["sft"]) for name, a in answers.items()}
     write_json(config.run / "summary.json", summary)
-    data.write_records(
+    write_records(
         config.run / "answers.jsonl",
         [{"prompt": p, **{name: a.texts[i] for name, a in answers.items()}} for i, p in enumerate(prompts)],
     )
@@ -240,17 +242,3 @@ def table(summary: dict) -> str:
     share, pairs = agreement["share"], agreement["pairs"]
     rows.append(f"the reward model orders {share:.1%} of {pairs} pairs of SFT answers as the judge does")
     return "\n".join(rows)
-
-
-def command(arguments: Sequence[str]) -> tuple[Callable[[Any], object], dict[str, Any], str]:
-    """What to run, its presets and its help: models to compare where the first word is no flag, else a run."""
-    if arguments and not arguments[0].startswith("-"):
-        from minirlhf import comparison
-
-        return comparison.main, comparison.PRESETS, comparison.__doc__
-    return main, PRESETS, __doc__
-
-
-if __name__ == "__main__":
-    chosen, presets, __doc__ = command(sys.argv[1:])
-    run_script(chosen, presets)

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from minirlhf.bootstrap import interval_of
-from minirlhf.win_rate import wins
+from minirlhf.evaluate.bootstrap import interval_of
+from minirlhf.evaluate.win_rate import wins
 
 
 def correlation(rewards: np.ndarray, marks: np.ndarray) -> float:

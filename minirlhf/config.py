@@ -15,12 +15,14 @@ import dataclasses
 import functools
 import math
 import re
+import sys
 import typing
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from minirlhf.runtime import UserError
+from minirlhf import distributed
+from minirlhf.runtime import Interrupted, UserError, interruptible, require
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ Share = Annotated[float, Range(low=0, high=1, above=True, below=True)]  # of dat
 Smoothing = Annotated[float, Range(low=0, high=0.5)]
 Port = Annotated[int, Range(low=0, high=65_535)]  # 0 takes a free one
 FolderName = Annotated[str, Name()]
+TrackerName = Literal["tensorboard", "wandb"]
 TokenBudget = Count | Literal["auto"]
 
 
@@ -125,3 +128,46 @@ def _declared(hint: Any) -> Iterator[tuple[type, Range | Name | None]]:
     elif typing.get_origin(hint) is not Literal:
         for part in typing.get_args(hint):
             yield from _declared(part)
+
+
+def run_script(main: Callable[[Any], object], presets: dict[str, Any], *, several: bool = False) -> None:
+    """The entry point of every script: `--preset NAME`, then one flag for each field of its configuration.
+
+    several  it may run in several processes, started by torchrun
+    Exit code 0, or 2 with one line on standard error for a UserError; `--debug` shows the traceback instead.
+    SIGTERM and Ctrl-C stop it in order with 143 and 130, a second one at once.
+    """
+    import tyro
+
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [a for a in arguments if a != "--debug"]
+    description = sys.modules["__main__"].__doc__
+    with distributed.started() as group:
+        try:
+            alone = distributed.world_size() == 1
+            require(several or alone, "this command runs in one process, and only train_*.py in several: no torchrun")
+            default = presets[_preset_name(arguments, presets)]
+            with interruptible():
+                main(
+                    group.writer_first(
+                        lambda: tyro.cli(type(default), default=default, args=arguments, description=description)
+                    )
+                )
+        except UserError as error:
+            if debug:
+                raise
+            group.end(2, f"error: {error}")
+        except Interrupted as error:
+            group.end(128 + error.number, f"stopped by {error}")
+
+
+def _preset_name(arguments: list[str], presets: dict[str, Any]) -> str:
+    """The value of --preset among the arguments, by default the first preset."""
+    for position, argument in enumerate(arguments):
+        flag, _, value = argument.partition("=")
+        if flag == "--preset":
+            value = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
+            require(value in presets, f"--preset {value}: not one of {', '.join(presets)}")
+            return value
+    return next(iter(presets))

@@ -12,8 +12,8 @@ from typing import Any
 import tiktoken
 
 from minirlhf import tokenizer
-from minirlhf.data.batch import Example, permutation
-from minirlhf.data.comparisons import Comparison
+from minirlhf.batch import Example, permutation
+from minirlhf.comparisons import Comparison
 from minirlhf.runtime import Stream, require
 
 Record = dict[str, Any]

@@ -18,12 +18,14 @@ from typing import Any
 import tiktoken
 from torch import Tensor
 
-from minirlhf import data, processes
-from minirlhf.feedback.collect import response_text
+from minirlhf import data, distributed
+from minirlhf.batch import Batch
+from minirlhf.encode import encode_prompt
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
 from minirlhf.rollout import collect
 from minirlhf.runtime import Stream, project_file
+from minirlhf.tokenizer import response_text
 from minirlhf.world import judge
 
 FILE = "trace.jsonl"  # in the stage's folder
@@ -48,7 +50,7 @@ class Trace:
         every: int,
         iterations: int,
         reference: GPT,
-        reward: Callable[[data.Batch], Tensor],
+        reward: Callable[[Batch], Tensor],
         encoding: tiktoken.Encoding,
         seed: int,
         max_new_tokens: int,
@@ -66,7 +68,7 @@ class Trace:
         """Measure if it is time. A run that goes on measures its first iteration again, with the same result."""
         if iteration % self.every == 0 or iteration == self.iterations:
             row = {"iteration": iteration, **self.measure(policy)}
-            if processes.is_writer():
+            if distributed.is_writer():
                 before = [line for line in read_trace(self.path) if line["iteration"] < iteration]
                 lines = [json.dumps(line) + "\n" for line in (*before, row)]
                 self.path.write_text("".join(lines), encoding="utf-8")
@@ -78,7 +80,7 @@ class Trace:
             self.reference,
             None,
             self.reward,
-            [data.encode_prompt(self.encoding, prompt) for prompt in self.prompts],
+            [encode_prompt(self.encoding, prompt) for prompt in self.prompts],
             keys=[(Stream.EVALUATION, i) for i in range(len(self.prompts))],
             seed=self.seed,
             eos_id=self.encoding.eot_token,

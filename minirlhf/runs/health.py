@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-FILE = "hints.jsonl"
+HINTS = "hints.jsonl"
 Row = dict[str, float]
 
 
@@ -224,7 +224,7 @@ class Hints:
     """
 
     def __init__(self, folder: Path, config: Any, *, steps: int, rows: Sequence[Row] = ()) -> None:
-        self.path = folder / FILE
+        self.path = folder / HINTS
         self.waiting = [rule for rule in RULES if all(hasattr(config, name) for name in rule.settings)]
         self.history = History(config, steps)
         self.path.unlink(missing_ok=True)
@@ -250,5 +250,5 @@ class Hints:
 
 def read_hints(folder: Path) -> list[dict[str, Any]]:
     """The hints of a stage's run, none where the file is missing: step, hint (its name) and message."""
-    path = folder / FILE
+    path = folder / HINTS
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minirlhf import processes
-from minirlhf.data.batch import Example, own_micro_batches
+from minirlhf import distributed
+from minirlhf.batch import Example, own_micro_batches
 
 C = TypeVar("C", bound="Comparison")
 
@@ -177,7 +177,7 @@ def over_comparisons(
     for index in _micro_batches(comparisons, max_tokens):
         values = function(pad_comparisons([comparisons[i] for i in index]).to(device))
         result[torch.cat([numbers[i] for i in index])] = values.cpu().double()
-    return list(processes.all_sum(result).split(counts))
+    return list(distributed.all_sum(result).split(counts))
 
 
 def _micro_batches(comparisons: Sequence[Comparison], max_tokens: int) -> list[list[int]]:

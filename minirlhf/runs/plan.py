@@ -17,17 +17,85 @@ Left out: attention's part that grows with the square of a row, padding, checkpo
 
 from __future__ import annotations
 
+import dataclasses
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
-from minirlhf import data, memory, processes
+from minirlhf import distributed
+from minirlhf.batch import Example, steps_per_epoch
+from minirlhf.comparisons import Comparison
+from minirlhf.config import flag
 from minirlhf.model import GPT, MAX_LOGITS, GPTConfig
-from minirlhf.runtime import autocast
+from minirlhf.runtime import autocast, require
+
+FIRST = {"cuda": 65_536}  # padded tokens with which `auto` begins
+FIRST_ELSEWHERE = 4096  # where the memory is the system's own
+REFUSALS = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+LEVERS = ("micro_batch_tokens", "batch_size", "rollout_size")
+
+
+def fitted(config: Any, state: Any) -> Any:
+    """The configuration with a number for `--micro-batch-tokens`: of `auto`, what `state.fitted_tokens` says so far."""
+    if not is_auto(config):
+        return config
+    model = next(value for value in vars(state).values() if isinstance(value, nn.Module))
+    first = FIRST.get(next(model.parameters()).device.type, FIRST_ELSEWHERE)
+    return dataclasses.replace(config, micro_batch_tokens=state.fitted_tokens or first)
+
+
+def is_auto(config: Any) -> bool:
+    """Whether the micro-batch is to be found."""
+    return getattr(config, "micro_batch_tokens", None) == "auto"
+
+
+def require_number_for_several(config: Any) -> None:
+    """Raise UserError where several processes are to find it: the others would wait for one that starts again."""
+    alone = distributed.world_size() == 1
+    require(alone or not is_auto(config), "--micro-batch-tokens auto: is for one process; give several a number")
+
+
+def may_try_again(error: Exception, config: Any, fitted: Any) -> bool:
+    """Whether a step that ended with `error` may start again with half the micro-batch of `fitted`."""
+    return is_auto(config) and fitted.micro_batch_tokens > 1 and is_out_of_memory(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused, on any device; the CPU's allocator raises a plain RuntimeError."""
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSALS))
+
+
+def explain_memory(config: Any, fitted: Any) -> str:
+    """The batch, the peak of memory, and the flag values to try; `fitted` is the configuration in force."""
+    sizes = {name: getattr(fitted, name) for name in LEVERS if hasattr(config, name)}
+    batch = " ".join(f"{flag(name)} {value}" for name, value in sizes.items())
+    smaller = [f"{flag(name)} {value // 2}" for name, value in sizes.items() if value > 1]
+    first = [words for words in smaller if words.startswith("--micro-batch-tokens") and not is_auto(config)]
+    first += [] if getattr(config, "gradient_checkpointing", True) else ["--gradient-checkpointing"]
+    last = [words for words in smaller if not words.startswith("--micro-batch-tokens")]
+    free = f"; {' and '.join(words.split()[0] for words in first)} change no result and go with --resume"
+    return (
+        f"out of memory with {batch}; the peak was {peak_bytes() / 2**30:.2f} GiB. Try {', then '.join(first + last)}"
+        f"{free if first else ''}"
+    )
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held: on the GPU where there is one, else of the system."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource  # not on every system, and needed only here
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
 
 SECONDS = 0.2  # of the measurement
 WIDEST = 4096  # rows of its matrices, at most
@@ -63,15 +131,15 @@ class Plan:
     @property
     def learned(self) -> float:
         """Tokens that go forward and backward through each model in training over the whole stage."""
-        steps = data.steps_per_epoch(len(self.rows), self.rows_a_step // self.group_size)
+        steps = steps_per_epoch(len(self.rows), self.rows_a_step // self.group_size)
         return self.steps / steps * self.epochs * self.group_size * sum(self.rows)
 
 
-def supervised(
+def supervised_plan(
     steps: int,
     shape: GPTConfig,
-    train: Sequence[data.Example | data.Comparison],
-    held_out: Sequence[data.Example | data.Comparison],
+    train: Sequence[Example | Comparison],
+    held_out: Sequence[Example | Comparison],
     *,
     batch_size: int,
     validation_every: int,
@@ -84,7 +152,7 @@ def supervised(
     return Plan(steps, (shape,), frozen, rows=rows, rows_a_step=batch_size, scored=scored)
 
 
-def sampled(
+def sampled_plan(
     config: Any,
     shapes: Sequence[GPTConfig],
     prompts: Sequence[Sequence[int]],
@@ -125,8 +193,8 @@ def parameters(shape: GPTConfig, *, positions: bool = True) -> int:
 
 def micro_batch(plan: Plan, config: Any, device: torch.device) -> int:
     """Padded tokens of the largest micro-batch."""
-    first = memory.FIRST.get(device.type, memory.FIRST_ELSEWHERE)
-    budget = first if memory.is_auto(config) else config.micro_batch_tokens
+    first = FIRST.get(device.type, FIRST_ELSEWHERE)
+    budget = first if is_auto(config) else config.micro_batch_tokens
     longest = max(plan.rows)
     return max(longest, min(budget, longest * -(-plan.rows_a_step // plan.minibatches)))
 
@@ -171,10 +239,10 @@ def matrix_rate(shape: GPTConfig, tokens: int, device: torch.device, dtype: torc
     return 2 * count * x.shape[0] * weight.numel() / spent
 
 
-def show(plan: Plan, config: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+def show_plan(plan: Plan, config: Any, *, device: torch.device, dtype: torch.dtype) -> None:
     """Print what the stage would do and about what it takes."""
     tokens = micro_batch(plan, config, device)
-    rate = matrix_rate(plan.trained[0], tokens, device, dtype) * processes.world_size()
+    rate = matrix_rate(plan.trained[0], tokens, device, dtype) * distributed.world_size()
     trained, frozen = (sum(map(parameters, shapes)) for shapes in (plan.trained, plan.frozen))
     seconds = tqdm.format_interval(ALL_ELSE * operations(plan, config) / rate)
     gib = memory_bytes(plan, config, device, dtype) / 2**30

@@ -20,11 +20,13 @@ import numpy as np
 import tiktoken
 import torch
 
-from minirlhf import data, rewards, tokenizer
+from minirlhf import reward_functions, tokenizer
+from minirlhf.batch import Batch, pad
+from minirlhf.encode import encode_example
 from minirlhf.feedback.judge_model import comparison_text, first_preferred, verdict_rows
 from minirlhf.generate import Samples
-from minirlhf.hf_folder import read_settings
-from minirlhf.hub import model_folder, weight_files
+from minirlhf.hf.folder import read_settings
+from minirlhf.hf.hub import model_folder, weight_files
 from minirlhf.model import GPT, read_config
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
@@ -128,18 +130,18 @@ class RewardScorer:
         require(finite, f"{self.folder.path}: gave a score that is not a finite number; its weights are damaged")
         return scores.cpu().double().numpy()
 
-    def encoded(self, sampled: Sampled) -> data.Batch:
+    def encoded(self, sampled: Sampled) -> Batch:
         """The answers in the reward model's own tokens."""
         encoding, rows = self.folder.encoding, []
         for prompt, text, ended in zip(sampled.prompts, sampled.texts, sampled.samples.finished.tolist(), strict=True):
             ids = tokenizer.encode(encoding, text) + [encoding.eot_token] * ended
-            row = data.encode_example(encoding, prompt, text, max_length=self.folder.positions, response_ids=ids)
+            row = encode_example(encoding, prompt, text, max_length=self.folder.positions, response_ids=ids)
             if row is None:
                 raise UserError(
                     f"{self.folder.path}: an answer of {len(ids)} tokens does not fit; lower --max-new-tokens"
                 )
             rows.append(row)
-        return data.pad(rows)
+        return pad(rows)
 
 
 def find_judge(spec: str, prompts: Sequence[str], device: torch.device, micro_batch_tokens: int) -> Judge:
@@ -148,9 +150,10 @@ def find_judge(spec: str, prompts: Sequence[str], device: torch.device, micro_ba
         _require_world(prompts)
         return Judge(PARTS, lambda s: np.array([judge_parts(p, t) for p, t in zip(s.prompts, s.texts, strict=True)]))
     if ":" in spec and not Path(spec).exists():
-        function, where = rewards.load(spec, flag="--judge"), f"--judge {spec}"
+        function, where = reward_functions.load(spec, flag="--judge"), f"--judge {spec}"
         return Judge(
-            PARTS[:1], lambda s: np.array(rewards.scores_of(function, s.prompts, s.texts, where=where))[:, None]
+            PARTS[:1],
+            lambda s: np.array(reward_functions.scores_of(function, s.prompts, s.texts, where=where))[:, None],
         )
     scorer = RewardScorer(ModelFolder.find(spec, RewardModel, flag="--judge"), device, micro_batch_tokens)
     return Judge(PARTS[:1], lambda s: scorer(s)[:, None], scorer.folder)

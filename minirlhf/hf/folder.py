@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from minirlhf.hub import INDEX, WEIGHTS, weight_files
+from minirlhf.hf.hub import INDEX, WEIGHTS, weight_files
 from minirlhf.runtime import UserError
 
 SHAPE = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")

@@ -18,24 +18,26 @@ import numpy as np
 import torch
 import tyro
 
-from minirlhf import checkpoint, data
-from minirlhf.bootstrap import estimate, interval_of
-from minirlhf.comparison_table import table
-from minirlhf.diversity import distinct_n, self_overlap
-from minirlhf.feedback.collect import SLOTS, response_text
+from minirlhf import data
+from minirlhf.config import Count, Seed, Settings
+from minirlhf.encode import Record, encode_prompts
+from minirlhf.evaluate.bootstrap import estimate, interval_of
+from minirlhf.evaluate.diversity import distinct_n, self_overlap
+from minirlhf.evaluate.judges import Judge, JudgeModel, ModelFolder, RewardScorer, Sampled, find_judge
+from minirlhf.evaluate.proxy import against_judge
+from minirlhf.evaluate.table import table
+from minirlhf.evaluate.win_rate import Verdicts, length_controlled, presentations, verdicts, wins
+from minirlhf.evaluate.words import RUDE_WORDS, WordList
+from minirlhf.feedback.collect import SLOTS
+from minirlhf.files import write_json, write_records
 from minirlhf.generate import generate
-from minirlhf.judges import Judge, JudgeModel, ModelFolder, RewardScorer, Sampled, find_judge
-from minirlhf.metrics import write_json
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
-from minirlhf.proxy import against_judge
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
+from minirlhf.runs import lock
 from minirlhf.runtime import Stream, project_file, require, resolve_device
-from minirlhf.settings import Count, Seed, Settings
-from minirlhf.tokenizer import same_ids
-from minirlhf.win_rate import Verdicts, length_controlled, presentations, verdicts, wins
-from minirlhf.words import RUDE_WORDS, WordList
+from minirlhf.tokenizer import response_text, same_ids
 
 
 @dataclass
@@ -120,7 +122,7 @@ def open_contest(config: Config) -> Contest:
     only = "is for a judge that sees both answers; give --judge-model"
     require(asks_both or not config.instruction, f"--instruction: {only}")
     require(asks_both or config.orders == "both", f"--orders: {only}")
-    checkpoint.require_writable(config.out, flag="--out")
+    lock.require_writable(config.out, flag="--out")
     device = resolve_device(config.device)
     folders = [ModelFolder.find(source, GPT) for source in config.models]
     prompts = [r["prompt"] for r in data.load(config.prompts, "prompts", split=config.split)][: config.max_prompts]
@@ -171,7 +173,7 @@ def room_for_prompts(config: Config, folders: Sequence[ModelFolder], readers: Se
 def sample(contest: Contest, folder: ModelFolder, config: Config) -> Sampled:
     """K answers to each prompt, a prompt's answers next to each other."""
     encoding = folder.encoding
-    ids = data.encode_prompts(encoding, contest.prompts, max_length=contest.room)
+    ids = encode_prompts(encoding, contest.prompts, max_length=contest.room)
     rows = [(i, k) for i in range(len(ids)) for k in range(config.samples)]
     samples = generate(
         folder.load(GPT, contest.device),
@@ -252,7 +254,7 @@ def summarise(answers: Measured, baseline: Measured, contest: Contest, seed: int
     return row
 
 
-def records(contest: Contest, measured: dict[str, Measured]) -> list[data.Record]:
+def records(contest: Contest, measured: dict[str, Measured]) -> list[Record]:
     """A record an answer, which other commands read as a demonstration."""
     found = []
     for name, answers in measured.items():
@@ -292,6 +294,6 @@ def main(config: Config) -> dict[str, Any]:
     }
     config.out.mkdir(parents=True, exist_ok=True)
     write_json(config.out / "comparison.json", summary)
-    data.write_records(config.out / "answers.jsonl", records(contest, measured))
+    write_records(config.out / "answers.jsonl", records(contest, measured))
     print(table(summary))
     return summary

@@ -1,0 +1,1 @@
+"""Hugging Face: GPT-2 folders in and out, and names on the hub."""

@@ -1,0 +1,244 @@
+"""One stage's run on disk: its configuration, its metrics row by row, its times; and its progress as it goes on.
+
+`metrics.jsonl` holds no wall-clock values, so that equal runs have equal files; times and rates go to `timing.jsonl`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from minirlhf import distributed
+from minirlhf.config import TrackerName
+from minirlhf.files import file_hash, fresh_folder, source_hash, write_json
+from minirlhf.runtime import require
+
+LIVE = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
+SECONDS = 10.0  # between two plain lines, at least,
+SHARE = 0.02  # and this share of the steps: a long run has at most fifty
+SHOWN = 2  # metrics in a line, the first of a row
+
+
+class Progress:
+    """The progress of one stage.
+
+    name   of the stage
+    steps  of the whole stage; of a stage of one step there is nothing to say
+    done   steps that an earlier process has finished
+    """
+
+    def __init__(self, name: str, *, steps: int, done: int = 0) -> None:
+        self.name, self.steps, self.step = name, steps, done
+        self.began = self.said_at = time.perf_counter()
+        self.first = self.said = done
+        self.tokens = 0
+        live = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=steps, initial=done, desc=name, bar_format=LIVE, dynamic_ncols=True, mininterval=0.5, disable=not live
+        )
+
+    def update(self, values: Mapping[str, float], *, tokens: int) -> None:
+        """One more step is finished, with these metrics; `tokens` were processed in it."""
+        now = time.perf_counter()
+        self.step += 1
+        self.tokens += tokens
+        if not self.bar.disable:
+            self.bar.set_postfix_str(self._describe(values, now), refresh=False)
+            self.bar.update(1)
+            return
+        due = now - self.said_at >= SECONDS and self.step - self.said >= SHARE * self.steps
+        if self.steps > 1 and (due or self.step == self.steps):
+            left = tqdm.format_interval((self.steps - self.step) * (now - self.began) / (self.step - self.first))
+            self.say(f"{self.name}: step {self.step} of {self.steps}, {self._describe(values, now)}, {left} left")
+            self.said, self.said_at = self.step, now
+
+    def _describe(self, values: Mapping[str, float], now: float) -> str:
+        shown = [f"{name} {value:.4g}" for name, value in list(values.items())[:SHOWN]]
+        return ", ".join([*shown, f"{self.tokens / (now - self.began):,.0f} tokens/s"])
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the live one."""
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
+
+    def close(self) -> None:
+        """End the live line."""
+        self.bar.close()
+
+
+TRACKED = "tracked"
+
+
+class Tracker(Protocol):
+    """Where the rows of a stage go."""
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        """The metrics of a finished step."""
+
+    def close(self) -> None:
+        """Write what is left."""
+
+
+def require_tracker(name: TrackerName | None) -> None:
+    """Raise UserError where the tracker's package is missing."""
+    found = importlib.util.find_spec(name) if name else None
+    # A folder of that name, such as wandb leaves behind, can be found too, and has no origin.
+    there = name is None or (found is not None and found.origin is not None)
+    require(there, f"--track {name}: this package is not installed; install it with `pip install {name}`")
+
+
+def start_tracker(name: TrackerName | None, folder: Path, config: Mapping[str, Any], *, done: int) -> Tracker | None:
+    """The tracker of the stage in `folder`, None without one. `done` steps stand in it from an earlier process."""
+    if name is None:
+        return None
+    (folder / TRACKED).mkdir(exist_ok=True)
+    return TensorBoard(folder, done) if name == "tensorboard" else WeightsAndBiases(folder, config)
+
+
+class TensorBoard:
+    """Event files that `tensorboard --logdir` shows; what follows step `done` is replaced."""
+
+    def __init__(self, folder: Path, done: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / TRACKED), purge_step=done or None)
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the project `minirlhf`, named after the run's folder and the stage."""
+
+    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
+        import wandb
+
+        self.run = wandb.init(
+            project="minirlhf",
+            name=f"{folder.absolute().parent.name}/{folder.name}",
+            dir=str(folder / TRACKED),
+            config=dict(config),
+            mode=os.environ.get("WANDB_MODE", "offline"),
+        )
+
+    def row(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+Value = float | int | Tensor
+LOGS = ("metrics.jsonl", "timing.jsonl")
+
+
+class RunLog:
+    """The log of one stage: `run.json` at the start, then a row a step.
+
+    folder  runs/<name>/<stage>; an earlier run there is moved aside, never overwritten
+    config  the stage's configuration, a dataclass
+    inputs  files whose hashes are kept, and models, by their weights
+    keep    of a run that goes on: the bytes of each log to keep, by name; later rows are dropped
+    done    rows among them
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: Any,
+        *,
+        inputs: Sequence[Path | str] = (),
+        models: Sequence[Path | str] = (),
+        steps: int = 0,
+        keep: Mapping[str, int] | None = None,
+        done: int = 0,
+    ) -> None:
+        self.folder = folder
+        self.started = self.last = time.perf_counter()
+        description = {
+            "config": {k: _plain(v) for k, v in dataclasses.asdict(config).items()},
+            "inputs": {str(path): source_hash(path) for path in inputs},
+            "models": {str(path): source_hash(path) for path in models},
+            "versions": versions(),
+            "machine": {
+                "processor": platform.machine(),
+                "threads": torch.get_num_threads(),
+                "processes": distributed.world_size(),
+            },
+        }
+        if keep is None:  # after the hashes: what is read may be in the folder that moves
+            fresh_folder(folder)
+            write_json(folder / "run.json", description)
+        for name, size in (keep or {}).items():
+            os.truncate(self.folder / name, size)
+        self._metrics, self._timing = ((self.folder / name).open("a", encoding="utf-8") for name in LOGS)
+        self._tracker = start_tracker(getattr(config, "track", None), folder, description["config"], done=done)
+        self._progress = Progress(folder.name, steps=steps, done=done)
+
+    def row(self, step: int, values: Mapping[str, Value], *, tokens: int) -> None:
+        """Write the metrics of one finished step and the time since the last; `tokens` were processed in it."""
+        plain = {k: float(v) for k, v in values.items()}
+        self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
+        now = time.perf_counter()
+        seconds, self.last = now - self.last, now
+        rate = {"tokens_per_second": tokens / seconds}
+        self._timing.write(json.dumps({"step": step, "seconds": seconds, **rate}) + "\n")
+        if self._tracker:
+            self._tracker.row(step, plain | rate)
+        self._progress.update(plain, tokens=tokens)
+
+    def say(self, text: str) -> None:
+        """A line on standard error that leaves the progress as it is."""
+        self._progress.say(text)
+
+    def sync(self) -> dict[str, dict[str, Any]]:
+        """Flush the rows to the disk; returns size and SHA-256 of each log."""
+        for file in (self._metrics, self._timing):
+            file.flush()
+            os.fsync(file.fileno())
+        paths = {name: self.folder / name for name in LOGS}
+        return {name: {"size": path.stat().st_size, "sha256": file_hash(path)} for name, path in paths.items()}
+
+    def close(self) -> float:
+        """Close the files; returns the stage's seconds."""
+        self._progress.close()
+        if self._tracker:
+            self._tracker.close()
+        self._metrics.close()
+        self._timing.close()
+        return time.perf_counter() - self.started
+
+
+def read_rows(folder: Path) -> list[dict[str, float]]:
+    """The rows of a run's `metrics.jsonl`."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def versions() -> dict[str, str]:
+    """Versions of what numbers depend on."""
+    try:
+        own = metadata.version("minirlhf")
+    except metadata.PackageNotFoundError:
+        own = "not installed"
+    return {"python": platform.python_version(), "torch": torch.__version__, "minirlhf": own}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value
