@@ -9,18 +9,17 @@ Maximises, by clipped policy gradients with advantages from GAE,
 
     python train_ppo.py --advantages rloo --group-size 4      # no value model: a prompt's responses are compared
 
-Each iteration samples a rollout, turns scores and per-token KL into rewards, estimates advantages once, and takes a few
-epochs of shuffled minibatches. Here is the loop; minirlhf/environment.py has prompts and scores, minirlhf/experience.py
-rewards and advantages, minirlhf/ppo_update.py the update. Expect the score to rise by one to two deviations at a KL of
-a few nats.
-Only `--advantages gae` has a value model; the others are in minirlhf/advantages.py. With one epoch of one minibatch the
-ratio is 1, and the update is a plain policy gradient.
+`main` samples a rollout, and `train_step` learns from it: rewards with the KL penalty, advantages estimated once, and a
+few epochs of shuffled minibatches. Expect the score to rise by about one standard deviation at a KL of a few nats.
+Only `--advantages gae` has a value model; the others are in minirlhf/grpo.py. With one epoch of one minibatch the ratio
+is 1, and the update is a plain policy gradient.
 Left out: an entropy bonus and a shared trunk for policy and value; neither is needed at these sizes.
 """
 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +27,10 @@ from typing import Literal
 
 import tiktoken
 import torch
+from torch import Tensor, nn
 
-from minirlhf import data, distributed, ppo, reward_functions, tokenizer
-from minirlhf.batch import Example, batch_indices, require_batch
+from minirlhf import data, distributed, grpo, ops, ppo, reward_functions
+from minirlhf.batch import Example, batch_indices, own_micro_batches, pad, permutation, require_batch, shuffled
 from minirlhf.config import (
     Count,
     Finite,
@@ -38,56 +38,28 @@ from minirlhf.config import (
     Fraction,
     NotNegative,
     Positive,
-    Seed,
-    Settings,
+    SamplingConfig,
     Steps,
-    TokenBudget,
-    TrackerName,
+    TrainConfig,
     run_script,
 )
 from minirlhf.encode import encode_demonstrations
-from minirlhf.evaluate.trace import Trace
-from minirlhf.experience import GROUPED, Experience, learn_from, learn_without_values, rollout_metrics
-from minirlhf.grpo import RunningBaseline
 from minirlhf.model import GPT
-from minirlhf.optim import adamw, linear_schedule, set_learning_rate
-from minirlhf.ppo_update import State, beta_now, update
-from minirlhf.reward import Aggregate, RewardModel, ValueModel
+from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
+from minirlhf.reward import RewardModel, ValueModel
 from minirlhf.reward_functions import Reward
-from minirlhf.rollout import Rollout, collect, rollout_keys
-from minirlhf.runs.card import write_model_card
-from minirlhf.runs.plan import sampled_plan, show_plan
+from minirlhf.rollout import Experience, Rollout, collect, rollout_keys, rollout_metrics
+from minirlhf.runs.plan import sampled_plan
 from minirlhf.runs.stage import Stage
-from minirlhf.runtime import autocast, project_file, require, resolve_device, resolve_dtype
+from minirlhf.runtime import Stream, autocast, require, require_finite, resolve_compute
 
 
 @dataclass
-class Config(Settings):
+class Config(SamplingConfig, TrainConfig):
     preset: Literal["tiny", "gpt2"] = "tiny"
     """Set of defaults: `tiny` for a laptop CPU, `gpt2` for 124M parameters on one GPU."""
-    run: Path = Path("runs/tiny")
-    """Folder of the run; this stage writes `<run>/ppo`."""
     stage: FolderName = "ppo"
     """Name of this stage's folder in the run; another name keeps an earlier result."""
-    policy: str | None = None
-    """Folder or hub name of the model that policy and reference start from, by default `<run>/sft/model`."""
-    reward_model: str | None = None
-    """Folder or hub name of the reward model, from which the value model starts; by default `<run>/reward/model`."""
-    ensemble: tuple[str, ...] = ()
-    """Folders or hub names of further reward models, with the same tokenizer: the score is that of all together."""
-    aggregate: Aggregate = "mean"
-    """What makes one score of an ensemble's: their mean, the worst, or the mean less `variance_penalty` variances."""
-    variance_penalty: NotNegative = 1.0
-    """See `aggregate`."""
-    reward: tuple[str, ...] = ()
-    """Functions package.module:function, (prompts, responses) -> scores, that are added up; see minirlhf/rewards.py.
-    With one, a reward model is used, and its score added, only where `reward_model` or `ensemble` names it."""
-    prompts: str = str(project_file("world", "prompts.train.jsonl"))
-    """Prompts: a file of any known format (of pairs or demonstrations, their prompts), or a hub name."""
-    split: str = ""
-    """Part of `prompts`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
-    columns: tuple[str, ...] = ()
-    """Fields with other names, as ours=theirs: prompt=query."""
     iterations: Count = 32
     """Rollouts."""
     rollout_size: Count = 128
@@ -103,10 +75,6 @@ class Config(Settings):
     """Passes over each rollout."""
     minibatches: Count = 4
     """Optimizer steps an epoch."""
-    max_new_tokens: Count = 32
-    """Length limit of a response in tokens."""
-    temperature: Positive = 1.0
-    """Of sampling and of every log-probability: policy, reference and training."""
     beta: NotNegative = 0.1
     """Coefficient of the KL penalty, in units of the reward a nat. Initial value where `kl_target` is set."""
     kl_target: Positive | None = None
@@ -151,26 +119,10 @@ class Config(Settings):
     """AdamW's epsilon (Ziegler et al. 2019); with the usual 1e-8 small gradients make larger first steps."""
     max_grad_norm: Positive = 1.0
     """Gradients of each model are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: TokenBudget = 2048
-    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
-    gradient_checkpointing: bool = False
-    """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
     trace_every: Steps = 0
     """Iterations between two measurements by the embedded world's judge, for the report; 0 is none."""
-    track: TrackerName | None = None
-    """Show the metrics in `tensorboard` or `wandb` as well; Weights & Biases stays offline unless WANDB_MODE is set."""
-    dry_run: bool = False
-    """Say what would be done and about what it takes, read no weights and write nothing."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint; a finished stage is left as it is."""
     checkpoint_every: Count = 10
     """Iterations between two checkpoints; the newest two and the best are kept."""
-    seed: Seed = 0
-    """Seed of prompt order, sampling and minibatches."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Format of matrix products; auto is bfloat16 on CUDA, else float32."""
 
 
 PRESETS = {
@@ -189,23 +141,185 @@ PRESETS = {
 }
 
 
-def rate_factor(iteration: int, config: Config) -> float:
-    """What the learning rates are multiplied by in an iteration."""
-    warmup = config.warmup_iterations
-    factor = linear_schedule(iteration, config.iterations, warmup_steps=warmup)
-    return factor if config.schedule == "linear" or iteration < warmup else 1.0
+@dataclass
+class State:
+    """All that changes while the stage runs. Prompt order and random streams are functions of `iteration`."""
+
+    policy: GPT
+    value_model: ValueModel | None  # None where the advantages need no values
+    policy_optimizer: torch.optim.Optimizer
+    value_optimizer: torch.optim.Optimizer | None
+    kl_controller: ppo.AdaptiveKL | None
+    iteration: int = 0
+    fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
+    baseline: grpo.RunningBaseline | None = None  # reinforce's
+
+    @property
+    def trained(self) -> list[tuple[str, nn.Module, torch.optim.Optimizer]]:
+        """The models in training, by name, each with its optimizer."""
+        policy = ("policy", self.policy, self.policy_optimizer)
+        if self.value_model is None or self.value_optimizer is None:
+            return [policy]
+        return [policy, ("value", self.value_model, self.value_optimizer)]
+
+
+def train_step(
+    state: State, rollout: Rollout, config: Config, *, texts: Sequence[Example] = ()
+) -> dict[str, Tensor | float]:
+    """One iteration on a rollout: rewards, advantages, then epochs of minibatches, each an optimizer step.
+
+    texts  of PPO-ptx
+    Returns the values to log: those of the rollout, and means over the optimizer steps.
+    """
+    mask = rollout.mask  # (B, T-1), true on the response, its EOS included
+    beta = state.kl_controller.beta if state.kl_controller else config.beta
+
+    # Rewards: the KL penalty at each token, the score at the last. Ziegler et al. 2019, eq. 2; docs/equations.md#ppo
+    both, penalty = (rollout.old_logprobs, rollout.ref_logprobs), beta if config.kl_in == "reward" else 0.0
+    rewards = ppo.kl_penalised_rewards(rollout.scores, *both, mask, beta=penalty)  # (B, T-1)
+
+    # Advantages: once, before the first update. Schulman et al. 2016, eq. 16; docs/equations.md#ppo
+    if config.advantages == "gae":
+        rewards = ops.rescale(rewards, mask) if config.whiten_rewards else rewards
+        advantages, returns = ppo.gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)  # (B, T-1)
+        advantages = ops.whiten(advantages, mask) if config.whiten_advantages else advantages
+    else:
+        advantages, returns = response_advantages(state, rewards, rollout, config), torch.zeros_like(rewards)
+    require_finite(scores=rollout.scores, rewards=rewards, advantages=advantages, returns=returns)
+    experience = Experience(**vars(rollout), advantages=advantages, returns=returns)
+
+    clip, value_clip = (math.inf if c is None else c for c in (config.clip, config.value_clip))
+    steps: list[dict[str, Tensor]] = []
+    for epoch in range(config.epochs):
+        key = (config.seed, Stream.MINIBATCH, state.iteration, epoch)
+        for number, minibatch in enumerate(shuffled(experience, config.minibatches, *key)):
+            if steps and config.stop_kl is not None and steps[-1]["approximate_kl"] > config.stop_kl:
+                break  # in the epochs that remain too
+            tokens = minibatch.mask.sum()  # of the whole minibatch, over micro-batches and processes
+            parts: list[dict[str, Tensor]] = []
+            for _, _, optimizer in state.trained:
+                optimizer.zero_grad(set_to_none=True)
+            for rows in own_micro_batches(minibatch.lengths, config.micro_batch_tokens):
+                part = minibatch.rows(rows)
+
+                # The policy's clipped loss. Schulman et al. 2017, eq. 7; docs/equations.md#ppo
+                seen = (part.tokens, part.mask)
+                logprobs, entropy = state.policy.logprobs_and_entropy(*seen, temperature=config.temperature)  # (b, t-1)
+                old = (part.old_logprobs, part.advantages, part.mask)
+                policy_loss = ppo.policy_loss(logprobs, *old, clip=clip, denominator=tokens)
+                parts.append({"policy_loss": policy_loss.detach()})
+                if config.kl_in == "loss":
+                    kl, kind = (logprobs, part.ref_logprobs, part.mask), config.kl_estimator
+                    kl_loss = beta * grpo.kl_loss(*kl, estimator=kind, denominator=tokens)
+                    policy_loss, parts[-1]["kl_loss"] = policy_loss + kl_loss, kl_loss.detach()
+                policy_loss.backward()
+                parts[-1]["entropy"] = ops.masked_mean(entropy, part.mask, denominator=tokens)
+                parts[-1] |= ppo.policy_diagnostics(logprobs, *old, clip=clip, denominator=tokens)
+
+                # The value model's, apart: one model's activations are in memory at a time; docs/equations.md#ppo
+                if state.value_model is not None:
+                    values, targets = state.value_model(*seen), (part.values, part.returns, part.mask)  # (b, t-1)
+                    value_loss = ppo.value_loss(values, *targets, clip=value_clip, denominator=tokens)
+                    value_loss.backward()
+                    parts[-1] |= ppo.value_diagnostics(values, *targets, clip=value_clip, denominator=tokens)
+                    parts[-1]["value_loss"] = value_loss.detach()
+
+            if texts:
+                parts.append(ptx_gradient(state, texts, len(minibatch), config, epoch=epoch, number=number))
+            sums = distributed.add_up(parts, measured(state, config), maxima=("ratio_deviation",))
+            require_finite(**{name: value for name, value in sums.items() if name.endswith("_loss")})
+            for _, model, _ in state.trained:
+                distributed.sum_gradients(model)
+            for name, model, _ in state.trained:
+                sums[f"{name}_grad_norm"] = clip_gradients(model, config.max_grad_norm)
+            for _, _, optimizer in state.trained:
+                optimizer.step()
+            steps.append(sums)
+
+    return end_iteration(state, experience, steps, config, beta=beta)
+
+
+def response_advantages(state: State, rewards: Tensor, rollout: Rollout, config: Config) -> Tensor:
+    """(B, T-1) advantages without a value model: one a response, of its summed rewards, at each of its tokens alike."""
+    rewards, groups = rewards.sum(dim=1), rollout.groups  # (B,)
+    match config.advantages:  # docs/equations.md#ppo-without-a-value-model
+        case "rloo":
+            advantages = grpo.rloo(rewards, groups)
+        case "grpo":
+            advantages = grpo.grpo(rewards, groups)
+        case "grpo-no-std":
+            advantages = grpo.grpo_no_std(rewards, groups)
+        case _:
+            advantages = grpo.reinforce(rewards, baseline=state.baseline.value if state.baseline else 0.0)
+    return grpo.per_token(advantages, rollout.mask)
+
+
+def pretraining_texts(config: Config, encoding: tiktoken.Encoding, *, max_length: int) -> list[Example]:
+    """The texts of PPO-ptx, none without."""
+    if config.ptx_data is None:
+        return []
+    texts = encode_demonstrations(encoding, data.load(config.ptx_data, "demonstrations"), max_length=max_length)
+    require(len(texts) > 0, f"--ptx-data {config.ptx_data}: nothing in it fits {max_length} tokens")
+    return texts
+
+
+def ptx_gradient(
+    state: State, texts: Sequence[Example], count: int, config: Config, *, epoch: int, number: int
+) -> dict[str, Tensor]:
+    """Add the gradient of coefficient * mean negative log-likelihood of `count` texts; returns this loss.
+
+    Ouyang et al. 2022, eq. 2: the term E_pretraining[log pi(x)] of PPO-ptx. Temperature 1, as in train_sft.py.
+    """
+    order = permutation(len(texts), config.seed, Stream.PRETRAINING, state.iteration, epoch, number)[:count]
+    batch = pad([texts[i] for i in order]).to(state.policy.head_weight.device)
+    tokens, total = batch.mask.sum(), torch.zeros(())
+    for rows in own_micro_batches(batch.lengths, config.micro_batch_tokens):
+        part = batch.rows(rows)
+        logprobs = state.policy.logprobs(part.tokens, part.mask)  # (b, t-1)
+        loss = -config.ptx_coefficient * ops.masked_mean(logprobs, part.mask, denominator=tokens)
+        loss.backward()
+        total = total + loss.detach().cpu()
+    return {"ptx_loss": total}
+
+
+def measured(state: State, config: Config) -> list[str]:
+    """Names of a step's values that are sums over tokens, each divided by the tokens of the whole minibatch."""
+    names = ["policy_loss", "entropy", "approximate_kl", "clip_fraction", "ratio"]
+    names += ["kl_loss"] if config.kl_in == "loss" else []
+    names += ["ptx_loss"] if config.ptx_data else []
+    return names + (["value_loss", "value_clip_fraction", "value_error"] if state.value_model else [])
+
+
+def end_iteration(
+    state: State, experience: Experience, steps: list[dict[str, Tensor]], config: Config, *, beta: float
+) -> dict[str, Tensor | float]:
+    """Steer an adaptive beta and a running baseline, count the iteration; returns what to log of it.
+
+    The next iteration has the next random streams.
+    """
+    deviations = [step.pop("ratio_deviation") for step in steps]
+    means = {name: torch.stack([step[name].cpu() for step in steps]).mean() for name in steps[0]}
+    first = {"first_ratio_deviation": deviations[0], "optimizer_steps": len(steps)}
+    metrics = {**rollout_metrics(experience), "beta": beta, **means, **first}
+    if state.value_model is not None:
+        metrics["explained_variance"] = ppo.explained_variance(experience.values, experience.returns, experience.mask)
+    metrics["objective"] = metrics["score"] - beta * metrics["kl"]  # what PPO maximises
+    if state.kl_controller:
+        state.kl_controller.update(float(metrics["kl"]), len(experience))
+    if state.baseline:
+        state.baseline.update(float(metrics["objective" if config.kl_in == "reward" else "score"]))
+    state.iteration += 1
+    return metrics
 
 
 def check_settings(config: Config) -> None:
     """Raise UserError where two settings do not fit each other."""
     name, k = config.advantages, config.group_size
     compared = f"--group-size {k}: --advantages {name} compares a prompt's responses with each other; give at least 2"
-    require(name not in GROUPED or k >= 2, compared)
+    require(name in ("gae", "reinforce") or k >= 2, compared)
     require(config.rollout_size % k == 0, f"--group-size {k}: must divide --rollout-size {config.rollout_size}")
-    require(
-        config.minibatches <= config.rollout_size,
-        f"--minibatches {config.minibatches}: more than the {config.rollout_size} rows of a rollout",
-    )
+    many = f"--minibatches {config.minibatches}: more than the {config.rollout_size} rows of a rollout"
+    require(config.minibatches <= config.rollout_size, many)
     whole = f"is for rewards a token, and --advantages {name} has one a response; leave it out, or use gae"
     require(name == "gae" or config.gamma == 1, f"--gamma {config.gamma}: {whole}")
     require(name == "gae" or not config.whiten_rewards, f"--whiten-rewards: {whole}")
@@ -213,37 +327,6 @@ def check_settings(config: Config) -> None:
     require(name == "gae" or config.whiten_advantages, plain)
     both = "--ptx-data and --ptx-coefficient: belong together; give both, the coefficient above 0, or none"
     require((config.ptx_data is not None) == (config.ptx_coefficient > 0), both)
-
-
-def end_iteration(state: State, *, kl: float, responses: int, reward: float) -> None:
-    """Steer an adaptive beta by the rollout's KL (nats a response), and a running baseline by its mean reward.
-
-    The next iteration has the next random streams.
-    """
-    if state.kl_controller:
-        state.kl_controller.update(kl, responses)
-    if state.baseline:
-        state.baseline.update(reward)
-    state.iteration += 1
-
-
-def estimate(state: State, rollout: Rollout, config: Config) -> Experience:
-    """The advantages by `--advantages`; a KL penalty that is in the loss is not in the rewards as well."""
-    beta = beta_now(state, config) if config.kl_in == "reward" else 0.0
-    if config.advantages == "gae":
-        whiten = {"whiten_rewards": config.whiten_rewards, "whiten_advantages": config.whiten_advantages}
-        return learn_from(rollout, beta=beta, gamma=config.gamma, lam=config.lam, **whiten)
-    return learn_without_values(rollout, advantages=config.advantages, beta=beta, baseline=state.baseline)
-
-
-def pretraining_texts(config: Config, encoding: tiktoken.Encoding, *, max_length: int) -> list[Example]:
-    """The texts of PPO-ptx, none without."""
-    if config.ptx_data is None:
-        return []
-    records = data.load(config.ptx_data, "demonstrations")
-    texts = encode_demonstrations(encoding, records, max_length=max_length)
-    require(len(texts) > 0, f"--ptx-data {config.ptx_data}: nothing in it fits {max_length} tokens")
-    return texts
 
 
 def initial_state(config: Config, policy: GPT, members: Sequence[RewardModel]) -> State:
@@ -256,78 +339,68 @@ def initial_state(config: Config, policy: GPT, members: Sequence[RewardModel]) -
         scored = members and config.value_init == "reward-model"
         origin = members[0] if scored else RewardModel.from_gpt(policy, generator=torch.Generator())
         value_model = ValueModel.from_reward_model(origin)
-    for trained in (policy, *([value_model.gpt] if value_model else [])):
-        trained.gradient_checkpointing = config.gradient_checkpointing
-    adam = {"eps": config.adam_eps}
+        value_model.gpt.gradient_checkpointing = config.gradient_checkpointing
+    policy.gradient_checkpointing = config.gradient_checkpointing
+    rates, eps = (config.learning_rate, config.value_learning_rate), config.adam_eps
     return State(
         policy,
         value_model,
-        adamw(policy, learning_rate=config.learning_rate, **adam),
-        adamw(value_model, learning_rate=config.value_learning_rate, **adam) if value_model else None,
+        adamw(policy, learning_rate=rates[0], eps=eps),
+        adamw(value_model, learning_rate=rates[1], eps=eps) if value_model else None,
         ppo.AdaptiveKL(config.beta, config.kl_target, config.kl_horizon) if config.kl_target else None,
-        baseline=RunningBaseline(config.baseline_decay) if config.advantages == "reinforce" else None,
+        baseline=grpo.RunningBaseline(config.baseline_decay) if config.advantages == "reinforce" else None,
     )
 
 
-def judged(config: Config, reference: GPT, reward: Reward, encoding: tiktoken.Encoding) -> Trace:
-    """What measures the policy by the world's judge while it trains."""
-    return Trace(
-        config.run / config.stage,
-        every=config.trace_every,
-        iterations=config.iterations,
-        reference=reference,
-        reward=reward,
-        encoding=encoding,
-        seed=config.seed,
-        max_new_tokens=config.max_new_tokens,
-        temperature=config.temperature,
-        max_tokens=2048,
-    )
+def set_learning_rates(state: State, config: Config) -> None:
+    """Both learning rates of this iteration: a warm-up, then linearly to 0 or as they are."""
+    warmup = config.warmup_iterations
+    factor = linear_schedule(state.iteration, config.iterations, warmup_steps=warmup)
+    factor = factor if config.schedule == "linear" or state.iteration < warmup else 1.0
+    set_learning_rate(state.policy_optimizer, config.learning_rate * factor)
+    if state.value_optimizer:
+        set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
 
 
-def main(config: Config, *, observe: Callable[[State], None] | None = None) -> Path:
-    """Run the stage; returns the folder of the trained policy. `observe` looks at the state after each iteration."""
+Observer = Callable[[State, GPT, Reward, tiktoken.Encoding], None]
+
+
+def main(config: Config, *, observe: Observer | None = None) -> Path:
+    """Run the stage; returns the folder of the trained policy.
+
+    observe  called with state, reference, reward and encoding before the first iteration and after each
+    """
     check_settings(config)
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    device, dtype = resolve_compute(config.device, config.dtype)
     sources = reward_functions.find_sources(config)
-    output = config.run / config.stage / "model"
-    files = [*sources.files, *(data.local_files(config.ptx_data) if config.ptx_data else [])]
-    stage = Stage(config.run / config.stage, config, inputs=files, models=sources.models, resume=config.resume)
+    files = [*sources.files, *data.local_files(config.ptx_data)]
+    stage = Stage(config, config.stage, inputs=files, models=sources.models)
     if stage.finished:
-        return output
-    env = reward_functions.read_environment(config, sources)
-    per_rollout = config.rollout_size // config.group_size  # prompts
-    grouped = "" if config.group_size == 1 else f" in groups of {config.group_size}, prompts"
+        return stage.output
+    env, k = reward_functions.read_environment(config, sources), config.group_size
+    per_rollout, grouped = config.rollout_size // k, "" if k == 1 else f" in groups of {k}, prompts"
     require_batch(f"--rollout-size{grouped}", per_rollout, len(env.prompts))
     texts = pretraining_texts(config, env.encoding, max_length=env.shapes[sources.policy].n_positions)
     if config.dry_run:
-        groups = {"responses": config.rollout_size, "group_size": config.group_size}
-        valued = config.advantages == "gae"
-        plan = sampled_plan(config, list(env.shapes.values()), env.prompts, valued=valued, **groups)
-        show_plan(plan, config, device=device, dtype=dtype)
-        return output
+        groups = {"responses": config.rollout_size, "group_size": k, "valued": config.advantages == "gae"}
+        return stage.show(sampled_plan(config, list(env.shapes.values()), env.prompts, **groups))
     policy = GPT.from_pretrained(sources.policy).to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = reward_functions.load_reward_models(sources, device)
     reward = reward_functions.reward_of(config, members, sources.functions, env.encoding)
     state = initial_state(config, policy, members)
-    trace = judged(config, reference, reward, env.encoding) if config.trace_every else None
+    observers = [observe] if observe else []
+    if config.trace_every:  # by name: PPO itself needs no judge
+        observers.append(reward_functions.load("minirlhf.evaluate.trace:Trace", flag="--trace-every")(config))
 
-    with stage.begin(
-        state, steps=config.iterations, checkpoint_every=config.checkpoint_every, best=("objective", "max")
-    ):
-        if trace:
-            trace.observe(policy, state.iteration)
+    with stage.begin(state, steps=config.iterations, best=("objective", "max")):
+        for look in observers:
+            look(state, reference, reward, env.encoding)
         while state.iteration < config.iterations:
             iteration = state.iteration
-            beta = beta_now(state, config)
-            factor = rate_factor(iteration, config)
-            set_learning_rate(state.policy_optimizer, config.learning_rate * factor)
-            if state.value_optimizer:
-                set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
+            set_learning_rates(state, config)
             chosen = batch_indices(len(env.prompts), per_rollout, seed=config.seed, step=iteration)
-            rows = [(prompt, candidate) for prompt in chosen for candidate in range(config.group_size)]
+            rows = [(prompt, candidate) for prompt in chosen for candidate in range(k)]
             with autocast(device, dtype), stage.attempt() as fitted:
                 rollout = collect(
                     policy,
@@ -335,7 +408,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     state.value_model,
                     reward,
                     [env.prompts[prompt] for prompt, _ in rows],
-                    keys=rollout_keys(iteration, rows, config.group_size),
+                    keys=rollout_keys(iteration, rows, k),
                     seed=config.seed,
                     eos_id=env.encoding.eot_token,
                     max_new_tokens=config.max_new_tokens,
@@ -345,22 +418,12 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     max_tokens=fitted.micro_batch_tokens,
                     groups=[prompt for prompt, _ in rows],
                 )
-                experience = estimate(state, rollout, config)
-                seen = rollout_metrics(rollout, experience, valued=state.value_model is not None)
-                metrics = {**seen, "beta": beta, **update(state, experience, fitted, texts=texts)}
-                metrics["objective"] = metrics["score"] - beta * metrics["kl"]  # what PPO maximises
-                rewarded = metrics["objective" if config.kl_in == "reward" else "score"]
-                end_iteration(state, kl=float(metrics["kl"]), responses=len(rollout), reward=float(rewarded))
+                metrics = train_step(state, rollout, fitted, texts=texts)
                 stage.finish(iteration, metrics, tokens=int(rollout.lengths.sum()))
-            if trace and state.iteration > iteration:
-                trace.observe(policy, state.iteration)
-            if observe and state.iteration > iteration:
-                observe(state)
-        if distributed.is_writer():
-            policy.save_pretrained(output)
-            tokenizer.save(env.encoding, output)
-            write_model_card(output, script="train_ppo.py", objective="PPO against a reward model.")
-    return output
+            for look in observers if state.iteration > iteration else ():
+                look(state, reference, reward, env.encoding)
+        stage.save(policy, env.encoding, objective="PPO against a reward model.")
+    return stage.output
 
 
 if __name__ == "__main__":

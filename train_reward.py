@@ -4,8 +4,9 @@ Minimises the Bradley-Terry loss over all (better, worse) pairs of each ranking:
 
     L = - mean over pairs of log sigmoid(r(x, y_better) - r(x, y_worse))
 
-or what `--objective` and `--ties` choose (`minirlhf/objective.py`): Plackett-Luce on whole rankings, ties that count
-half or are modelled.
+or what `--objective` and `--ties` choose: Plackett-Luce on whole rankings, ties that count half or are modelled. All
+pairs of a prompt are in one batch element, and the loss is a mean over the whole batch: of pairs by their weights, of
+rankings by their number.
 
     python train_reward.py                  # after train_sft.py and `python -m minirlhf.feedback`, about a minute
     python train_reward.py --preset gpt2 --comparisons pairs.jsonl
@@ -22,50 +23,38 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Literal
 
+import tiktoken
 import torch
+from torch import Tensor
 
-from minirlhf import data, distributed, tokenizer
+from minirlhf import comparisons, data, distributed, tokenizer
 from minirlhf.batch import batch_indices, count_steps
-from minirlhf.bradley_terry import accuracy, bradley_terry_loss
-from minirlhf.comparisons import Comparison, PairBatch, over_comparisons, pair_micro_batches, pair_numbers, token_count
-from minirlhf.config import (
-    AtLeastTwo,
-    Count,
-    NotNegative,
-    Positive,
-    Seed,
-    Settings,
-    Share,
-    Steps,
-    TokenBudget,
-    TrackerName,
-    run_script,
-)
-from minirlhf.encode import encode_comparisons, encode_prompts, require_both_sides, split_by_prompt
+from minirlhf.bradley_terry import accuracy, bradley_terry_loss, davidson_loss, plackett_luce_loss
+from minirlhf.comparisons import Comparison
+from minirlhf.config import AtLeastTwo, Count, NotNegative, Positive, Share, Steps, TrainConfig, run_script
+from minirlhf.encode import Record, encode_comparisons, encode_prompts, require_both_sides, split_by_prompt
 from minirlhf.files import write_json
 from minirlhf.hf.hub import model_or_earlier
 from minirlhf.model import GPT, read_config
-from minirlhf.objective import Form, Objective, Ties
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
-from minirlhf.reward import RewardModel
+from minirlhf.reward import RewardModel, response_scores
 from minirlhf.rollout import over_micro_batches, sample
-from minirlhf.runs.card import write_model_card
-from minirlhf.runs.plan import show_plan, supervised_plan
+from minirlhf.runs.plan import supervised_plan
 from minirlhf.runs.stage import Stage
-from minirlhf.runtime import Stream, autocast, project_file, require, require_finite, resolve_device, resolve_dtype
+from minirlhf.runtime import Stream, autocast, project_file, require, require_finite, resolve_compute
 
 
 @dataclass
-class Config(Settings):
+class Config(TrainConfig):
     preset: Literal["tiny", "gpt2"] = "tiny"
     """Set of defaults: `tiny` for a laptop CPU, `gpt2` for 124M parameters on one GPU."""
-    run: Path = Path("runs/tiny")
-    """Folder of the run; this stage writes `<run>/reward`."""
     model: str | None = None
     """Folder or hub name of the model whose trunk the reward model starts from, by default `<run>/sft/model`."""
     comparisons: str | None = None
@@ -85,10 +74,10 @@ class Config(Settings):
     """Length limit of those answers in tokens."""
     epochs: Positive = 4.0
     """Passes over the prompts. Many overfit to the labels; watch the held-out loss."""
-    objective: Form = "pairs"
+    objective: Literal["pairs", "best-against-rest", "plackett-luce"] = "pairs"
     """What explains a ranking: all its `pairs`, those of the `best-against-rest`, or choosing the best, then the next
     (`plackett-luce`, on strict rankings: of equal ones the first counts alone)."""
-    ties: Ties = "drop"
+    ties: Literal["drop", "half", "davidson"] = "drop"
     """`drop` learns nothing from ties, `half` takes one for half a win each way, `davidson` models them."""
     davidson_nu: Positive = 1.0
     """How common ties are, for `--ties davidson` alone: two equal answers tie with probability nu / (2 + nu)."""
@@ -109,24 +98,6 @@ class Config(Settings):
     """AdamW's decay of matrices."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: TokenBudget = 2048
-    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
-    gradient_checkpointing: bool = False
-    """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
-    track: TrackerName | None = None
-    """Show the metrics in `tensorboard` or `wandb` as well; Weights & Biases stays offline unless WANDB_MODE is set."""
-    dry_run: bool = False
-    """Say what would be done and about what it takes, read no weights and write nothing."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint; a finished stage is left as it is."""
-    checkpoint_every: Count = 100
-    """Optimizer steps between two checkpoints; the newest two and the best are kept."""
-    seed: Seed = 0
-    """Seed of the head, the split, the data order and the reference samples."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Format of matrix products; auto is bfloat16 on CUDA, else float32."""
 
 
 PRESETS = {
@@ -146,9 +117,6 @@ PRESETS = {
 }
 
 
-PAIRS = Objective()
-
-
 @dataclass
 class State:
     """All that changes while the stage runs."""
@@ -162,62 +130,104 @@ class State:
     fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
 
 
-def response_scores(model: RewardModel, batch: PairBatch) -> torch.Tensor:
-    """(R,) scores of R responses, each read at its last token."""
-    hidden = model.gpt.hidden(batch.tokens, positions=batch.positions, visible=batch.visible)
-    return model.head_scores(hidden.flatten(0, 1)[batch.ends])
-
-
 def train_step(
-    state: State,
-    comparisons: list[Comparison],
-    *,
-    device: torch.device,
-    micro_batch_tokens: int,
-    max_grad_norm: float,
-    contrast: float = 0.0,
-    objective: Objective = PAIRS,
-) -> dict:
-    """One optimizer step; the loss is the mean over all pairs, or rankings, of the batch, however it is divided."""
-    pairs = sum(len(c.pairs) for c in comparisons)
-    size = objective.size(comparisons, contrast)
-    loss = correct = torch.zeros(())
+    state: State, batch: Sequence[Comparison], config: Config, device: torch.device, *, contrast: float = 0.0
+) -> dict[str, Tensor]:
+    """One optimizer step; the loss is the mean over all pairs, or rankings, of the batch, however it is divided.
+
+    contrast  of this step: a pair that differs in d tokens weighs d^-contrast
+    """
+    pairs = sum(len(c.pairs) for c in batch)  # N of the whole batch, over micro-batches and processes
+    weight = pair_weights(batch, contrast).sum().item()
+    parts: list[dict[str, Tensor]] = []
     state.optimizer.zero_grad(set_to_none=True)
-    for members, part in pair_micro_batches(comparisons, micro_batch_tokens):
+    for members, part in comparisons.pair_micro_batches(batch, config.micro_batch_tokens):
         part = part.to(device)
-        scores = response_scores(state.model, part)
-        part_loss = objective.loss(scores, members, part.pairs, contrast=contrast, denominator=size)
-        part_loss.backward()
-        loss = loss + part_loss.detach().cpu()
-        correct = correct + (accuracy(scores[part.chosen], scores[part.rejected], denominator=pairs)).cpu()
-    metrics = distributed.sum_each({"loss": loss, "accuracy": correct})
+        scores = response_scores(state.model, part)  # (R,) of all responses
+        chosen, rejected = scores[part.chosen], scores[part.rejected]  # (N,)
+        weights = pair_weights(members, contrast).to(scores)  # (N,)
+        match config.objective, config.ties:  # docs/equations.md#reward-model
+            case "plackett-luce", _:
+                loss = ranking_loss(scores, members, denominator=len(batch))
+            case _, "davidson":
+                loss = tie_loss(chosen, rejected, weights, nu=config.davidson_nu, denominator=weight)
+            case _:  # Ouyang et al. 2022, eq. 1
+                loss = bradley_terry_loss(chosen, rejected, weights=weights, denominator=weight)
+        loss.backward()
+        parts.append({"loss": loss.detach(), "accuracy": accuracy(chosen, rejected, denominator=pairs)})
+    metrics = distributed.add_up(parts, ("loss", "accuracy"))
     require_finite(loss=metrics["loss"])
     distributed.sum_gradients(state.model)
-    grad_norm = clip_gradients(state.model, max_grad_norm)
+    grad_norm = clip_gradients(state.model, config.max_grad_norm)
     state.optimizer.step()
     state.step += 1
     return {**metrics, "grad_norm": grad_norm}
 
 
-def held_out(model: RewardModel, comparisons: list[Comparison], device: torch.device, *, max_tokens: int) -> dict:
+def held_out(
+    model: RewardModel, batch: Sequence[Comparison], config: Config, device: torch.device
+) -> dict[str, Tensor]:
     """Loss, accuracy and accuracy by margin (in thirds of |score difference|) on held-out comparisons."""
-    scores = torch.cat(over_comparisons(lambda b: response_scores(model, b), comparisons, max_tokens, device))
-    chosen, rejected = scores[pair_numbers(comparisons)].unbind(dim=1)
-    thirds = torch.argsort((chosen - rejected).abs()).tensor_split(3)
-    by_margin = {
-        f"accuracy_margin_{name}": accuracy(chosen[i], rejected[i])
-        for name, i in zip(("small", "medium", "large"), thirds, strict=True)
-        if len(i)
-    }
-    return {
+    scores = torch.cat(
+        comparisons.over_comparisons(
+            lambda part: response_scores(model, part), batch, config.micro_batch_tokens, device
+        )
+    )  # (R,)
+    chosen, rejected = scores[comparisons.pair_numbers(batch)].unbind(dim=1)  # (N,)
+    metrics = {
         "validation_loss": bradley_terry_loss(chosen, rejected),
         "validation_accuracy": accuracy(chosen, rejected),
-        **by_margin,
     }
+    thirds = torch.argsort((chosen - rejected).abs()).tensor_split(3)
+    for name, third in zip(("small", "medium", "large"), thirds, strict=True):
+        if len(third):
+            metrics[f"accuracy_margin_{name}"] = accuracy(chosen[third], rejected[third])
+    return metrics
+
+
+def pair_weights(batch: Sequence[Comparison], contrast: float) -> Tensor:
+    """(N,) weights of all pairs: a pair's own times d^-contrast, where its two responses differ in d tokens."""
+    weights = [
+        weight * comparisons.differing_tokens(c.examples[i].response_ids, c.examples[j].response_ids) ** -contrast
+        for c in batch
+        for (i, j), weight in zip(c.pairs, c.pair_weights, strict=True)
+    ]
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def ranking_loss(scores: Tensor, batch: Sequence[Comparison], *, denominator: float) -> Tensor:
+    """Plackett-Luce over whole rankings, those of one length together: (R,) scores of all responses -> scalar."""
+    by_length: dict[int, list[Tensor]] = defaultdict(list)
+    for own, comparison in zip(scores.split([len(c.examples) for c in batch]), batch, strict=True):
+        order = comparisons.best_first(comparison)
+        by_length[len(order)].append(own[order])
+    parts = [plackett_luce_loss(torch.stack(rows), denominator=denominator) for rows in by_length.values()]
+    return torch.stack(parts).sum()
+
+
+def tie_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, *, nu: float, denominator: float) -> Tensor:
+    """Davidson over pairs and ties; a tie stands here once each way with weight 1/2, equally likely both ways."""
+    tied = weights < 1
+    won = davidson_loss(chosen[~tied], rejected[~tied], tied[~tied], nu=nu, denominator=denominator)
+    ties = davidson_loss(chosen[tied], rejected[tied], tied[tied], nu=nu, denominator=denominator)
+    return won + 0.5 * ties
+
+
+def check_settings(config: Config) -> None:
+    """Raise UserError where two settings contradict each other."""
+    ranked = config.objective == "plackett-luce"
+    no_place = f"--ties {config.ties}: Plackett-Luce has no place for ties; use drop"
+    require(not ranked or config.ties == "drop", no_place)
+    name = "--objective plackett-luce" if ranked else "--ties davidson"
+    weighted = not ranked and config.ties != "davidson"
+    require(weighted or config.contrast == 0, f"{name}: has no weights of pairs; use it with --contrast 0")
+    require(not config.patience or config.validation_every, "--patience: say with --validation-every how often")
 
 
 def keep_best(state: State, loss: float) -> None:
     """Keep the weights of the lowest held-out loss, and count the measurements since then."""
+    if state.best is None:
+        return
     if loss < state.best_loss:
         state.best.load_state_dict(state.model.state_dict())
         state.best_loss, state.misses = loss, 0
@@ -225,98 +235,86 @@ def keep_best(state: State, loss: float) -> None:
         state.misses += 1
 
 
-def reference_scores(model: RewardModel, policy: GPT, prompts: list[list[int]], config: Config, eos_id: int) -> dict:
-    """Mean and deviation of the score over answers that the policy samples to the prompts."""
+def reference_prompts(
+    config: Config, records: Sequence[Record], encoding: tiktoken.Encoding, *, n_positions: int
+) -> list[list[int]]:
+    """Ids of the prompts whose sampled answers define mean 0 and standard deviation 1."""
+    distinct = dict.fromkeys(record["prompt"] for record in records)
+    texts = list(islice(cycle(distinct), config.reference_samples))  # few prompts, or none at all, are asked again
+    room = n_positions - config.max_new_tokens
+    require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
+    require(len(texts) > 1, f"--reference-samples {len(texts)}: at least 2 are needed for the score to vary")
+    return encode_prompts(encoding, texts, max_length=room)
+
+
+def reference_scores(
+    model: RewardModel, policy: GPT, prompts: list[list[int]], config: Config, *, eos_id: int
+) -> dict[str, float]:
+    """Mean and standard deviation of the score over answers that the policy samples to the prompts."""
     keys = [(Stream.REFERENCE_SAMPLES, i) for i in range(len(prompts))]
     samples = sample(policy, prompts, keys=keys, seed=config.seed, eos_id=eos_id, max_new_tokens=config.max_new_tokens)
     scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), samples, config.micro_batch_tokens)
-    require_finite(reference_scores=scores)
+    require_finite(reference_scores=scores)  # (B,)
     return {"mean": scores.mean().item(), "std": scores.std(correction=0).item()}
 
 
 def main(config: Config) -> Path:
     """Run the stage; returns the folder of the trained reward model."""
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    check_settings(config)
+    device, dtype = resolve_compute(config.device, config.dtype)
     folder = model_or_earlier(config.model, "--model", config.run / "sft" / "model", data=config.comparisons)
     file = config.comparisons or config.run / "feedback" / "rankings.jsonl"
-    output = config.run / "reward" / "model"
-    world = None if config.comparisons else project_file("world", "prompts.train.jsonl")
-    reference_prompts = config.reference_prompts or world
-    files = data.local_files(file, reference_prompts)
-    stage = Stage(config.run / "reward", config, inputs=files, models=(folder,), resume=config.resume)
+    source = config.reference_prompts or (None if config.comparisons else project_file("world", "prompts.train.jsonl"))
+    stage = Stage(config, "reward", inputs=data.local_files(file, source), models=(folder,))
     if stage.finished:
-        return output
-    records = data.load(file, "pairs", split=config.split, columns=config.columns)
-    prompt_records = data.load(reference_prompts, "prompts") if reference_prompts else records
-    shape = read_config(folder)
-    encoding = tokenizer.load(folder)
+        return stage.output
+    shape, encoding = read_config(folder), tokenizer.load(folder)
     tokenizer.check_fits(encoding, shape.vocab_size, folder)
-    train_records, validation_records = split_by_prompt(records, share=config.validation_share, seed=config.seed)
-    max_length, room = shape.n_positions, shape.n_positions - config.max_new_tokens
-    objective = Objective(config.objective, config.ties, config.davidson_nu)
-    objective.check(config.contrast)
-    require(not config.patience or config.validation_every, "--patience: say with --validation-every how often")
-    train = encode_comparisons(encoding, train_records, max_length=max_length, ties=config.ties != "drop")
-    train = objective.prepare(train)
-    validation = encode_comparisons(encoding, validation_records, max_length=max_length)
-    distinct = dict.fromkeys(record["prompt"] for record in prompt_records)
-    texts = list(islice(cycle(distinct), config.reference_samples))  # few prompts, or none at all, are asked again
-    require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
-    require(len(texts) > 1, f"--reference-samples {len(texts)}: at least 2 are needed for the score to vary")
-    prompts = encode_prompts(encoding, texts, max_length=room)
+    records = data.load(file, "pairs", split=config.split, columns=config.columns)
+    asked, length = data.load(source, "prompts") if source else records, shape.n_positions
+    prompts = reference_prompts(config, asked, encoding, n_positions=length)
+    sides = split_by_prompt(records, share=config.validation_share, seed=config.seed)
+    train = encode_comparisons(encoding, sides[0], max_length=length, ties=config.ties != "drop")
+    train = [comparisons.best_against_rest(c) for c in train] if config.objective == "best-against-rest" else train
+    validation = encode_comparisons(encoding, sides[1], max_length=length)
     require_both_sides(file, train, validation)
     total_steps = count_steps(config.epochs, len(train), config.batch_size)
     if config.dry_run:
-        often = {"batch_size": config.batch_size, "validation_every": config.validation_every or total_steps}
         scored = 4 * sum(len(prompt) + config.max_new_tokens for prompt in prompts)  # sampled and scored, twice
-        plan = supervised_plan(total_steps, shape, train, validation, **often, frozen=(shape,), scored=scored)
-        show_plan(plan, config, device=device, dtype=dtype)
-        return output
+        return stage.show(
+            supervised_plan(config, total_steps, shape, train, validation, frozen=(shape,), scored=scored)
+        )
     policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
     model = RewardModel.from_gpt(policy, generator=torch.Generator().manual_seed(config.seed))
     model.gpt.gradient_checkpointing = config.gradient_checkpointing
     state = State(model, adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay))
     state.best = copy.deepcopy(model).requires_grad_(False) if config.patience else None
 
-    with stage.begin(
-        state, steps=total_steps, checkpoint_every=config.checkpoint_every, best=("validation_loss", "min")
-    ):
+    with stage.begin(state, steps=total_steps, best=("validation_loss", "min")):
         while state.step < total_steps and state.misses < (config.patience or 1):
             step = state.step
-            learning_rate = config.learning_rate * linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
-            set_learning_rate(state.optimizer, learning_rate)
-            rows = batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
-            batch = [train[i] for i in rows]
+            factor = linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
+            learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
+            batch = [train[i] for i in batch_indices(len(train), config.batch_size, seed=config.seed, step=step)]
             with autocast(device, dtype), stage.attempt() as fitted:
-                metrics = train_step(
-                    state,
-                    batch,
-                    device=device,
-                    micro_batch_tokens=fitted.micro_batch_tokens,
-                    max_grad_norm=config.max_grad_norm,
-                    contrast=config.contrast * (1 - step / total_steps),
-                    objective=objective,
-                )
-                due = state.step % (config.validation_every or total_steps) == 0 or state.step == total_steps
-                metrics |= held_out(model, validation, device, max_tokens=fitted.micro_batch_tokens) if due else {}
-                if state.best is not None and due:
+                contrast = config.contrast * (1 - step / total_steps)
+                metrics = train_step(state, batch, fitted, device, contrast=contrast)
+                if state.step % (config.validation_every or total_steps) == 0 or state.step == total_steps:
+                    metrics |= held_out(model, validation, fitted, device)
                     keep_best(state, metrics["validation_loss"].item())
-                stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=token_count(batch))
+                tokens = comparisons.token_count(batch)
+                stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=tokens)
         if state.best is not None:
             model.load_state_dict(state.best.state_dict())
-
         with autocast(device, dtype):
-            before = reference_scores(model, policy, prompts, stage.fitted, encoding.eot_token)
+            before = reference_scores(model, policy, prompts, stage.fitted, eos_id=encoding.eot_token)
             model.normalise(before["mean"], before["std"])
         with autocast(device, dtype):  # another block, because autocast keeps copies of the weights as they were
-            after = reference_scores(model, policy, prompts, stage.fitted, encoding.eot_token)
+            after = reference_scores(model, policy, prompts, stage.fitted, eos_id=encoding.eot_token)
         if distributed.is_writer():
-            write_json(config.run / "reward" / "normalisation.json", {"before": before, "after": after})
-            model.save_pretrained(output)
-            tokenizer.save(encoding, output)
-            write_model_card(output, script="train_reward.py", objective="A reward model trained on comparisons.")
-    return output
+            write_json(stage.folder / "normalisation.json", {"before": before, "after": after})
+        stage.save(model, encoding, objective="A reward model trained on comparisons.")
+    return stage.output
 
 
 if __name__ == "__main__":

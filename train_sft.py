@@ -14,45 +14,33 @@ quality and the model imitates the mixture, so there is much left to gain for th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import tiktoken
 import torch
+from torch import Tensor
 
 from minirlhf import data, distributed, tokenizer
 from minirlhf.batch import Batch, Example, batch_indices, count_steps, own_micro_batches, pad
-from minirlhf.config import (
-    Count,
-    NotNegative,
-    Positive,
-    Seed,
-    Settings,
-    Share,
-    Steps,
-    TokenBudget,
-    TrackerName,
-    run_script,
-)
+from minirlhf.config import Count, NotNegative, Positive, Share, Steps, TokenBudget, TrainConfig, run_script
 from minirlhf.encode import Record, encode_demonstrations, split_by_prompt
 from minirlhf.hf.hub import model_folder
 from minirlhf.model import GPT, GPTConfig, read_config
 from minirlhf.ops import masked_mean
 from minirlhf.optim import adamw, clip_gradients, cosine_schedule, set_learning_rate
 from minirlhf.rollout import over_micro_batches
-from minirlhf.runs.card import write_model_card
-from minirlhf.runs.plan import show_plan, supervised_plan
+from minirlhf.runs.plan import supervised_plan
 from minirlhf.runs.stage import Stage
-from minirlhf.runtime import autocast, project_file, require, require_finite, resolve_device, resolve_dtype
+from minirlhf.runtime import autocast, project_file, require, require_finite, resolve_compute
 
 
 @dataclass
-class Config(Settings):
+class Config(TrainConfig):
     preset: Literal["tiny", "gpt2"] = "tiny"
     """Set of defaults: `tiny` for a laptop CPU, `gpt2` for 124M parameters on one GPU."""
-    run: Path = Path("runs/tiny")
-    """Folder of the run; this stage writes `<run>/sft`."""
     train: str = str(project_file("world", "demonstrations.train.jsonl"))
     """Demonstrations to learn from: a file of any known format, or a hub name."""
     validation: str | None = None
@@ -90,26 +78,10 @@ class Config(Settings):
     """AdamW's decay of matrices; biases and LayerNorms are not decayed."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: TokenBudget = 1024
-    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
-    gradient_checkpointing: bool = False
-    """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
     validation_every: Count = 100
     """Optimizer steps between two measurements of the held-out loss."""
-    track: TrackerName | None = None
-    """Show the metrics in `tensorboard` or `wandb` as well; Weights & Biases stays offline unless WANDB_MODE is set."""
-    dry_run: bool = False
-    """Say what would be done and about what it takes, read no weights and write nothing."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint; a finished stage is left as it is."""
-    checkpoint_every: Count = 100
-    """Optimizer steps between two checkpoints; the newest two and the best are kept."""
-    seed: Seed = 0
-    """Seed of initial weights and data order."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Format of matrix products; auto is bfloat16 on CUDA, else float32."""
+    micro_batch_tokens: TokenBudget = 1024
+    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
 
 
 PRESETS = {
@@ -141,51 +113,47 @@ class State:
     fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
 
 
-def train_step(state: State, batch: Batch, *, micro_batch_tokens: int, max_grad_norm: float) -> dict:
+def train_step(state: State, batch: Batch, config: Config) -> dict[str, Tensor]:
     """One optimizer step on a batch; the loss is the mean over all its response tokens, however it is divided."""
     tokens = batch.mask.sum()  # of the whole batch: what micro-batches and processes add up is its gradient
-    loss = torch.zeros(())
+    parts: list[dict[str, Tensor]] = []
     state.optimizer.zero_grad(set_to_none=True)
-    for index in own_micro_batches(batch.lengths, micro_batch_tokens):
+    for index in own_micro_batches(batch.lengths, config.micro_batch_tokens):
         part = batch.rows(index)
-        logprobs = state.model.logprobs(part.tokens, part.mask)
-        part_loss = -masked_mean(logprobs, part.mask, denominator=tokens)
-        part_loss.backward()
-        loss = loss + part_loss.detach().cpu()
-    metrics = distributed.sum_each({"loss": loss})
+        logprobs = state.model.logprobs(part.tokens, part.mask)  # (b, t-1), 0 off the mask
+        loss = -masked_mean(logprobs, part.mask, denominator=tokens)  # docs/equations.md#sft
+        loss.backward()
+        parts.append({"loss": loss.detach()})
+    metrics = distributed.add_up(parts, ("loss",))
     require_finite(**metrics)
     distributed.sum_gradients(state.model)
-    grad_norm = clip_gradients(state.model, max_grad_norm)
+    grad_norm = clip_gradients(state.model, config.max_grad_norm)
     state.optimizer.step()
     state.step += 1
     return {**metrics, "grad_norm": grad_norm}
 
 
-def held_out(model: GPT, examples: list[Example], device: torch.device, *, max_tokens: int) -> dict:
+def held_out(model: GPT, examples: Sequence[Example], config: Config, device: torch.device) -> dict[str, Tensor]:
     """Mean negative log-likelihood over all response tokens of the examples, in nats."""
     batch = pad(examples).to(device)
-    logprobs = over_micro_batches(lambda part: model.logprobs(part.tokens, part.mask), batch, max_tokens)
+    logprobs = over_micro_batches(
+        lambda part: model.logprobs(part.tokens, part.mask), batch, config.micro_batch_tokens
+    )  # (B, T-1)
     return {"validation_loss": -masked_mean(logprobs, batch.mask)}
-
-
-def of_the_world(config: Config) -> bool:
-    """Whether the demonstrations are the embedded world's own."""
-    return str(config.train) == Config.train
 
 
 def held_out_source(config: Config) -> str | None:
     """The source of held-out demonstrations; None where they are a share of the training prompts."""
     world = str(project_file("world", "demonstrations.validation.jsonl"))
-    return config.validation or (world if of_the_world(config) else None)
+    return config.validation or (world if str(config.train) == Config.train else None)
 
 
 def read_records(config: Config) -> tuple[list[Record], list[Record]]:
     """Training and held-out demonstrations."""
     train = data.load(config.train, "demonstrations", split=config.split, columns=config.columns)
     source = held_out_source(config)
-    require(
-        bool(source) or not config.validation_split, "--validation-split: is a part of --validation, which is not given"
-    )
+    part = "--validation-split: is a part of --validation, which is not given"
+    require(bool(source) or not config.validation_split, part)
     if source is None:
         return split_by_prompt(train, share=config.validation_share, seed=config.seed)
     return train, data.load(source, "demonstrations", split=config.validation_split, columns=config.columns)
@@ -195,64 +163,46 @@ def new_shape(config: Config, encoding: tiktoken.Encoding) -> GPTConfig:
     """The shape of a new model. The world's rows are short; those of other files need more room."""
     even = config.n_embd % config.n_head == 0
     require(even, f"--n-embd {config.n_embd}: must be a multiple of --n-head {config.n_head}")
-    return GPTConfig(
-        vocab_size=encoding.n_vocab,
-        n_positions=config.n_positions or (96 if of_the_world(config) else 512),
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        eos_token_id=encoding.eot_token,
-    )
+    positions = config.n_positions or (96 if str(config.train) == Config.train else 512)
+    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
+    return GPTConfig(encoding.n_vocab, positions, **sizes, eos_token_id=encoding.eot_token)
 
 
 def main(config: Config) -> Path:
     """Run the stage; returns the folder of the trained model."""
-    output = config.run / "sft" / "model"
     folder = model_folder(config.model) if config.model else None
-    files, models = data.local_files(config.train, held_out_source(config)), (folder,) if folder else ()
-    stage = Stage(config.run / "sft", config, inputs=files, models=models, resume=config.resume)
+    files = data.local_files(config.train, held_out_source(config))
+    stage = Stage(config, "sft", inputs=files, models=(folder,) if folder else ())
     if stage.finished:
-        return output
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+        return stage.output
+    device, dtype = resolve_compute(config.device, config.dtype)
     encoding = tokenizer.load(config.tokenizer or folder or "world")
-    train_records, validation_records = read_records(config)
+    sides = read_records(config)
     shape = read_config(folder) if folder else new_shape(config, encoding)
     tokenizer.check_fits(encoding, shape.vocab_size, f"--model {folder}")
-    train = encode_demonstrations(encoding, train_records, max_length=shape.n_positions)
-    validation = encode_demonstrations(encoding, validation_records, max_length=shape.n_positions)
+    train, validation = (encode_demonstrations(encoding, side, max_length=shape.n_positions) for side in sides)
     require(len(train) > 0 and len(validation) > 0, f"{config.train}: too little to learn from and hold out")
     total_steps = count_steps(config.epochs, len(train), config.batch_size)
     if config.dry_run:
-        often = {"batch_size": config.batch_size, "validation_every": config.validation_every}
-        plan = supervised_plan(total_steps, shape, train, validation, **often)
-        show_plan(plan, config, device=device, dtype=dtype)
-        return output
+        return stage.show(supervised_plan(config, total_steps, shape, train, validation))
     model = (GPT.from_pretrained(folder) if folder else GPT(shape, seed=config.seed)).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
     state = State(model, adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay))
 
-    with stage.begin(
-        state, steps=total_steps, checkpoint_every=config.checkpoint_every, best=("validation_loss", "min")
-    ):
+    with stage.begin(state, steps=total_steps, best=("validation_loss", "min")):
         while state.step < total_steps:
             step = state.step
-            learning_rate = config.learning_rate * cosine_schedule(step, total_steps, warmup_steps=config.warmup_steps)
-            set_learning_rate(state.optimizer, learning_rate)
+            factor = cosine_schedule(step, total_steps, warmup_steps=config.warmup_steps)
+            learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             rows = batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
             batch = pad([train[i] for i in rows]).to(device)
-            due = (step + 1) % config.validation_every == 0 or step + 1 == total_steps
             with autocast(device, dtype), stage.attempt() as fitted:
-                metrics = train_step(
-                    state, batch, micro_batch_tokens=fitted.micro_batch_tokens, max_grad_norm=config.max_grad_norm
-                )
-                metrics |= held_out(model, validation, device, max_tokens=fitted.micro_batch_tokens) if due else {}
+                metrics = train_step(state, batch, fitted)
+                if state.step % config.validation_every == 0 or state.step == total_steps:
+                    metrics |= held_out(model, validation, fitted, device)
                 stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=int(batch.lengths.sum()))
-        if distributed.is_writer():
-            model.save_pretrained(output)
-            tokenizer.save(encoding, output)
-            write_model_card(output, script="train_sft.py", objective="Supervised fine-tuning on demonstrations.")
-    return output
+        stage.save(model, encoding, objective="Supervised fine-tuning on demonstrations.")
+    return stage.output
 
 
 if __name__ == "__main__":

@@ -157,11 +157,10 @@ def trace(
         rows["length"].append(round(float(answers.lengths.mean()), 2))
         rows["answer"].append(answers.texts[0])
 
-    def observe(state: train_ppo.State) -> None:
+    def observe(state: train_ppo.State, *_: object) -> None:
         if state.iteration <= CLOSELY or state.iteration % settings["every"] == 0:
             measure(state.policy, state.iteration)
 
-    measure(evaluator.sft, 0)
     shutil.rmtree(folder / "ppo", ignore_errors=True)  # a trace has no gap: a trial that was cut off trains anew
     train_ppo.main(
         train_ppo.Config(

@@ -106,8 +106,9 @@ def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     measured = {0: each_prompt(start, start)}
     answers: list[str] = []
 
-    def observe(state: train_ppo.State) -> None:
-        if state.iteration % settings["every"] == 0 or state.iteration == settings["iterations"]:
+    def observe(state: train_ppo.State, *_: object) -> None:
+        due = state.iteration % settings["every"] == 0 or state.iteration == settings["iterations"]
+        if state.iteration and due:
             now = evaluator.measure(evaluator.sample(state.policy))
             measured[state.iteration] = each_prompt(now, start)
             answers[:] = now.texts[:ANSWERS]

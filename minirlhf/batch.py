@@ -8,9 +8,9 @@ Comparisons, whose responses share a prompt, have a batch of their own (comparis
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 import torch
@@ -81,6 +81,9 @@ class Batch:
         return type(self)(**{f.name: getattr(self, f.name).to(device) for f in dataclasses.fields(self)})
 
 
+B = TypeVar("B", bound=Batch)
+
+
 def pad(sequences: Sequence[Example]) -> Batch:
     """Right-pad examples to the longest of them; padding is 0, a value that nothing reads."""
     lengths = [len(s.prompt_ids) + len(s.response_ids) for s in sequences]
@@ -128,6 +131,13 @@ def own_micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
 def permutation(count: int, *key: int) -> list[int]:
     """A random order of `count` items that depends on the key alone, e.g. (seed, stream, epoch)."""
     return np.random.default_rng(key).permutation(count).tolist()
+
+
+def shuffled(batch: B, count: int, *key: int) -> Iterator[B]:
+    """The rows of a batch in `count` minibatches, in an order that depends on the key alone: every row once."""
+    order = torch.tensor(permutation(len(batch), *key))
+    for rows in order.tensor_split(min(count, len(order))):  # an epoch's last rollout may be small
+        yield batch.rows(rows)
 
 
 def batch_indices(count: int, batch_size: int, *, seed: int, step: int) -> list[int]:

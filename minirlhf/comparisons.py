@@ -17,6 +17,7 @@ from torch import Tensor
 
 from minirlhf import distributed
 from minirlhf.batch import Example, own_micro_batches
+from minirlhf.model import GPT
 
 C = TypeVar("C", bound="Comparison")
 
@@ -146,6 +147,14 @@ def best_first(comparison: Comparison) -> list[int]:
     return sorted({count: i for i, count in reversed(list(enumerate(beaten_by)))}.values(), key=beaten_by.__getitem__)
 
 
+def differing_tokens(first: Sequence[int], second: Sequence[int]) -> int:
+    """Length of what two responses do not share: the longer one's middle, between common start and common end."""
+    shortest = min(len(first), len(second))
+    start = next((t for t in range(shortest) if first[t] != second[t]), shortest)
+    end = next((t for t in range(shortest - start) if first[-1 - t] != second[-1 - t]), shortest - start)
+    return max(len(first), len(second)) - start - end
+
+
 def pair_numbers(comparisons: Sequence[Comparison]) -> Tensor:
     """(N, 2) long: the pairs of all comparisons, with their responses numbered through."""
     starts = np.cumsum([0, *(len(c.examples) for c in comparisons)])
@@ -188,3 +197,37 @@ def _micro_batches(comparisons: Sequence[Comparison], max_tokens: int) -> list[l
 def token_count(comparisons: Sequence[Comparison]) -> int:
     """Tokens of all responses and prompts, a shared prompt counted once: those that are computed."""
     return sum(c.length for c in comparisons)
+
+
+# -------------------------------------------------------------------------------------------------- log-probabilities
+@dataclass(frozen=True)
+class ReferencedComparison(Comparison):
+    """A comparison with the frozen reference's log-probability of each response, summed over its tokens."""
+
+    ref_seq_logprobs: list[float]
+
+
+def seq_logprobs(model: GPT, batch: PairBatch, *, temperature: float = 1.0) -> Tensor:
+    """(R,) log pi(y|x) of R responses: summed over the tokens, never averaged, because length matters in DPO."""
+    hidden = model.hidden(batch.tokens, positions=batch.positions, visible=batch.visible).flatten(0, 1)  # (B T, C)
+    targets = batch.tokens.flatten()[batch.targets]  # (M,)
+    logprobs = model.head_logprobs(hidden[batch.sources], targets, temperature=temperature)  # (M,)
+    return logprobs.new_zeros(len(batch.ends)).index_add(0, batch.owners, logprobs)  # (R,)
+
+
+def with_reference(
+    reference: GPT, comparisons: Sequence[Comparison], device: torch.device, *, max_tokens: int
+) -> list[ReferencedComparison]:
+    """Compute the reference's log-probabilities, once for the whole stage, and keep them with the comparisons."""
+    ref = over_comparisons(lambda batch: seq_logprobs(reference, batch), comparisons, max_tokens, device)
+    return [ReferencedComparison(c.examples, c.pairs, r.tolist()) for c, r in zip(comparisons, ref, strict=True)]
+
+
+def pair_logprobs(
+    policy: GPT, comparisons: Sequence[ReferencedComparison], batch: PairBatch, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The four (N,) arguments of `dpo_loss`: chosen and rejected, of the policy and of the reference."""
+    logprobs = seq_logprobs(policy, batch, temperature=temperature)  # (R,)
+    stored = [value for c in comparisons for value in c.ref_seq_logprobs]
+    ref = torch.tensor(stored, dtype=logprobs.dtype, device=logprobs.device)  # (R,)
+    return logprobs[batch.chosen], logprobs[batch.rejected], ref[batch.chosen], ref[batch.rejected]

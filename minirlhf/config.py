@@ -19,10 +19,11 @@ import sys
 import typing
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from minirlhf import distributed
-from minirlhf.runtime import Interrupted, UserError, interruptible, require
+from minirlhf.runtime import Interrupted, UserError, interruptible, project_file, require
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ Share = Annotated[float, Range(low=0, high=1, above=True, below=True)]  # of dat
 Smoothing = Annotated[float, Range(low=0, high=0.5)]
 Port = Annotated[int, Range(low=0, high=65_535)]  # 0 takes a free one
 FolderName = Annotated[str, Name()]
+Aggregate = Literal["mean", "worst", "mean-minus-variance"]
 TrackerName = Literal["tensorboard", "wandb"]
 TokenBudget = Count | Literal["auto"]
 
@@ -90,6 +92,69 @@ class Settings:
             blank = isinstance(getattr(self, field.name), str) and not getattr(self, field.name).strip()
             if blank and field.default is None:
                 raise UserError(f"{flag(field.name)}: is blank; leave it out for the default")
+
+
+@dataclass
+class RunConfig(Settings):
+    """What every stage is told: where it writes, its seed, where it computes, and whether it goes on."""
+
+    run: Path = Path("runs/tiny")
+    """Folder of the run; each stage writes a folder of its own in it."""
+    seed: Seed = 0
+    """Seed of all that is random: initial weights, splits, data order, sampling, minibatches."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+    resume: bool = False
+    """Go on from the newest whole checkpoint; a finished stage is left as it is."""
+
+
+@dataclass
+class TrainConfig(RunConfig):
+    """What every stage that trains is told."""
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Format of matrix products; auto is bfloat16 on CUDA, else float32."""
+    checkpoint_every: Count = 100
+    """Steps (iterations of PPO and online DPO) between two checkpoints; the newest two and the best are kept."""
+    track: TrackerName | None = None
+    """Show the metrics in `tensorboard` or `wandb` as well; Weights & Biases stays offline unless WANDB_MODE is set."""
+    dry_run: bool = False
+    """Say what would be done and about what it takes, read no weights and write nothing."""
+    micro_batch_tokens: TokenBudget = 2048
+    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
+    gradient_checkpointing: bool = False
+    """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
+
+
+@dataclass
+class SamplingConfig(Settings):
+    """What every stage that samples is told: who answers what, how, and what the answers are worth."""
+
+    policy: str | None = None
+    """Folder or hub name of the model that policy and reference start from, by default `<run>/sft/model`."""
+    reward_model: str | None = None
+    """Folder or hub name of the reward model; by default `<run>/reward/model`, and none where `reward` is given.
+    PPO's value model starts from it."""
+    ensemble: tuple[str, ...] = ()
+    """Folders or hub names of further reward models, with the same tokenizer: the score is that of all together."""
+    aggregate: Aggregate = "mean"
+    """What makes one score of an ensemble's: their mean, the worst, or the mean less `variance_penalty` variances."""
+    variance_penalty: NotNegative = 1.0
+    """See `aggregate`."""
+    reward: tuple[str, ...] = ()
+    """Functions package.module:function, (prompts, responses) -> scores, that are added up; see
+    minirlhf/reward_functions.py. The score of a reward model is added only where `reward_model` or `ensemble` names
+    one."""
+    prompts: str = str(project_file("world", "prompts.train.jsonl"))
+    """Prompts: a file of any known format (of pairs or demonstrations, their prompts), or a hub name."""
+    split: str = ""
+    """Part of `prompts`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
+    columns: tuple[str, ...] = ()
+    """Fields with other names, as ours=theirs: prompt=query."""
+    max_new_tokens: Count = 32
+    """Length limit of a response in tokens."""
+    temperature: Positive = 1.0
+    """Of sampling and of every log-probability: policy, reference and training."""
 
 
 def _check(name: str, value: object, allowed: Range | Name) -> None:

@@ -21,7 +21,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from typing import NoReturn, TypeVar
 
@@ -84,6 +84,21 @@ def sum_each(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return dict(values)
     total = all_sum(torch.stack([value.detach().cpu().double() for value in values.values()]))
     return dict(zip(values, total.unbind(), strict=True))
+
+
+def add_up(
+    parts: Sequence[Mapping[str, Tensor]], names: Sequence[str], *, maxima: Sequence[str] = ()
+) -> dict[str, Tensor]:
+    """Each named value added up over micro-batches and processes; of `maxima` the largest.
+
+    parts  values of this process's micro-batches, which may be none; a part need not have every name
+    """
+    sums = {name: sum((part[name].cpu() for part in parts if name in part), torch.zeros(())) for name in names}
+    largest = {}
+    for name in maxima:
+        values = torch.stack([torch.zeros(()), *(part[name].cpu() for part in parts if name in part)])
+        largest[name] = all_max(values.double().max())
+    return {**sum_each(sums), **largest}
 
 
 def sum_gradients(model: nn.Module) -> None:

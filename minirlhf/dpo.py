@@ -267,3 +267,37 @@ def implicit_rewards(
     ops.check_positive(beta=beta)
     chosen, rejected = _log_ratios(chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
     return beta * chosen, beta * rejected
+
+
+# A loss and what `diagnostics` gives: sums over pairs, each divided by the pairs of the whole batch.
+MEASURED = ("loss", "accuracy", "reward_chosen", "reward_rejected", "margin", "logprob_chosen", "logprob_rejected")
+
+
+@torch.no_grad()
+def diagnostics(
+    chosen_logprobs: Tensor,
+    rejected_logprobs: Tensor,
+    ref_chosen_logprobs: Tensor,
+    ref_rejected_logprobs: Tensor,
+    *,
+    beta: float,
+    denominator: float,
+) -> dict[str, Tensor]:
+    """Values to log beside a loss; same arguments, 0-d tensors, no gradient. All are sums over pairs / denominator.
+
+    `reward_chosen`, `reward_rejected`: the implicit rewards; `margin`: their difference. `accuracy`: share of pairs
+    whose chosen response has the higher one, equal ones count half. `logprob_chosen`, `logprob_rejected`: of the
+    policy, since the chosen one may fall too. Over micro-batches all add up.
+    """
+    four = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    chosen, rejected = implicit_rewards(*four, beta=beta)  # (N,)
+    wins = ops.mean((chosen > rejected) + 0.5 * (chosen == rejected))
+    sums = {
+        "accuracy": wins * len(chosen),
+        "reward_chosen": chosen.sum(),
+        "reward_rejected": rejected.sum(),
+        "margin": (chosen - rejected).sum(),
+        "logprob_chosen": chosen_logprobs.sum(),
+        "logprob_rejected": rejected_logprobs.sum(),
+    }
+    return {name: value / denominator for name, value in sums.items()}

@@ -96,14 +96,6 @@ def tied_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
     return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if i != j and ranks[i] == ranks[j]]
 
 
-def differing_tokens(first: Sequence[int], second: Sequence[int]) -> int:
-    """Length of what two responses do not share: the longer one's middle, between common start and common end."""
-    shortest = min(len(first), len(second))
-    start = next((t for t in range(shortest) if first[t] != second[t]), shortest)
-    end = next((t for t in range(shortest - start) if first[-1 - t] != second[-1 - t]), shortest - start)
-    return max(len(first), len(second)) - start - end
-
-
 def encode_comparison(
     encoding: tiktoken.Encoding, record: Record, *, max_length: int, ties: bool = False
 ) -> Comparison | None:

@@ -29,59 +29,33 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minirlhf import distributed, ppo, reward_functions, tokenizer
+from minirlhf import distributed, dpo, reward_functions
 from minirlhf.batch import Example, batch_indices, permutation, require_batch
-from minirlhf.comparisons import pair_micro_batches
+from minirlhf.comparisons import ReferencedComparison, pair_logprobs, pair_micro_batches
 from minirlhf.config import (
     Count,
     Finite,
     FolderName,
     NotNegative,
     Positive,
-    Seed,
-    Settings,
-    TokenBudget,
-    TrackerName,
+    SamplingConfig,
+    TrainConfig,
     run_script,
 )
-from minirlhf.dpo import dpo_loss, hinge_loss, ipo_loss
 from minirlhf.model import GPT
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
-from minirlhf.reward import Aggregate
-from minirlhf.rollout import Rollout, collect, rollout_keys
-from minirlhf.runs.card import write_model_card
-from minirlhf.runs.plan import sampled_plan, show_plan
+from minirlhf.rollout import Rollout, collect, rollout_keys, rollout_metrics
+from minirlhf.runs.plan import sampled_plan
 from minirlhf.runs.stage import Stage
-from minirlhf.runtime import Stream, autocast, project_file, require_finite, resolve_device, resolve_dtype
-from train_dpo import SUMMED, ReferencedComparison, diagnostics, pair_logprobs
+from minirlhf.runtime import Stream, autocast, require_finite, resolve_compute
 
 
 @dataclass
-class Config(Settings):
+class Config(SamplingConfig, TrainConfig):
     preset: Literal["tiny"] = "tiny"
     """Set of defaults."""
-    run: Path = Path("runs/tiny")
-    """Folder of the run; this stage writes `<run>/online-dpo`."""
     stage: FolderName = "online-dpo"
     """Name of this stage's folder in the run; another name keeps an earlier result."""
-    policy: str | None = None
-    """Folder or hub name of the model that policy and reference start from, by default `<run>/sft/model`."""
-    reward_model: str | None = None
-    """Folder or hub name of the reward model; by default `<run>/reward/model`, and none where `reward` is given."""
-    ensemble: tuple[str, ...] = ()
-    """Folders or hub names of further reward models, with the same tokenizer: the score is that of all together."""
-    aggregate: Aggregate = "mean"
-    """What makes one score of an ensemble's: their mean, the worst, or the mean less `variance_penalty` variances."""
-    variance_penalty: NotNegative = 1.0
-    """See `aggregate`."""
-    reward: tuple[str, ...] = ()
-    """Functions package.module:function, (prompts, responses) -> scores, that are added up; see minirlhf/rewards.py."""
-    prompts: str = str(project_file("world", "prompts.train.jsonl"))
-    """Prompts: a file of any known format (of pairs or demonstrations, their prompts), or a hub name."""
-    split: str = ""
-    """Part of `prompts`: a split of a hub data set, a slice, or both, e.g. test, [:90%], train[:1000]."""
-    columns: tuple[str, ...] = ()
-    """Fields with other names, as ours=theirs: prompt=query."""
     iterations: Count = 64
     """Rollouts; the learning rate falls linearly to 0 over them."""
     rollout_size: Count = 64
@@ -90,10 +64,6 @@ class Config(Settings):
     """Passes over the pairs of a rollout."""
     minibatches: Count = 4
     """Optimizer steps an epoch."""
-    max_new_tokens: Count = 32
-    """Length limit of an answer in tokens."""
-    temperature: Positive = 1.0
-    """Of sampling and of every log-probability: policy, reference and training."""
     loss: Literal["dpo", "ipo", "hinge"] = "dpo"
     """Of the pairs; beta means something else in each, see minirlhf/dpo.py."""
     beta: Positive = 0.3
@@ -104,28 +74,11 @@ class Config(Settings):
     """Initial learning rate of AdamW."""
     max_grad_norm: Positive = 1.0
     """Gradients are scaled so that their joint L2 norm is at most this."""
-    micro_batch_tokens: TokenBudget = 2048
-    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
-    gradient_checkpointing: bool = False
-    """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
-    track: TrackerName | None = None
-    """Show the metrics in `tensorboard` or `wandb` as well; Weights & Biases stays offline unless WANDB_MODE is set."""
-    dry_run: bool = False
-    """Say what would be done and about what it takes, read no weights and write nothing."""
-    resume: bool = False
-    """Go on from the newest whole checkpoint; a finished stage is left as it is."""
     checkpoint_every: Count = 10
     """Iterations between two checkpoints; the newest two are kept."""
-    seed: Seed = 0
-    """Seed of prompt order, sampling and minibatches."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Format of matrix products; auto is bfloat16 on CUDA, else float32."""
 
 
 PRESETS = {"tiny": Config()}
-LOSSES = {"dpo": dpo_loss, "ipo": ipo_loss, "hinge": hinge_loss}
 
 
 @dataclass
@@ -170,16 +123,21 @@ def train_step(
     state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device
 ) -> dict[str, Tensor]:
     """One optimizer step; the loss is the mean over all pairs, however they are divided."""
-    count = len(comparisons)  # one pair each; of the whole minibatch, over micro-batches and processes
-    sums = dict.fromkeys(SUMMED, torch.zeros(()))
+    count, beta = len(comparisons), config.beta  # one pair each; of the whole minibatch
+    parts: list[dict[str, Tensor]] = []
     state.optimizer.zero_grad(set_to_none=True)
     for part, pairs in pair_micro_batches(comparisons, config.micro_batch_tokens):
-        four = pair_logprobs(state.policy, part, pairs.to(device), temperature=config.temperature)
-        loss = LOSSES[config.loss](*four, beta=config.beta, denominator=count)
+        logprobs = pair_logprobs(state.policy, part, pairs.to(device), temperature=config.temperature)  # 4 x (N,)
+        match config.loss:  # docs/equations.md#dpo-and-its-kin
+            case "ipo":
+                loss = dpo.ipo_loss(*logprobs, beta=beta, denominator=count)
+            case "hinge":
+                loss = dpo.hinge_loss(*logprobs, beta=beta, denominator=count)
+            case _:
+                loss = dpo.dpo_loss(*logprobs, beta=beta, denominator=count)
         loss.backward()
-        seen = {"loss": loss.detach().cpu(), **diagnostics(four, beta=config.beta, denominator=count)}
-        sums = {name: sums[name] + value for name, value in seen.items()}
-    sums = distributed.sum_each(sums)
+        parts.append({"loss": loss.detach(), **dpo.diagnostics(*logprobs, beta=beta, denominator=count)})
+    sums = distributed.add_up(parts, dpo.MEASURED)
     require_finite(loss=sums["loss"])
     distributed.sum_gradients(state.policy)
     grad_norm = clip_gradients(state.policy, config.max_grad_norm)
@@ -201,35 +159,18 @@ def update(
     return {**means, "optimizer_steps": len(rows)}
 
 
-def rollout_metrics(rollout: Rollout) -> dict[str, Tensor]:
-    """What the policy did before this iteration's update; the KL is in nats a response, on these fresh answers."""
-    mask = rollout.mask
-    return {
-        "score": rollout.scores.mean(),
-        "score_std": rollout.scores.std(correction=0),
-        "kl": ppo.sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, mask),
-        "response_length": mask.sum(dim=1).float().mean(),
-        "eos_rate": rollout.finished.float().mean(),
-        "sampling_gap": rollout.sampling_gap.max(),
-    }
-
-
 def main(config: Config, *, observe: Callable[[State], None] | None = None) -> Path:
     """Run the stage; returns the folder of the trained policy. `observe` looks at the state after each iteration."""
-    device = resolve_device(config.device)
-    dtype = resolve_dtype(config.dtype, device)
+    device, dtype = resolve_compute(config.device, config.dtype)
     sources = reward_functions.find_sources(config)
-    output = config.run / config.stage / "model"
-    stage = Stage(config.run / config.stage, config, inputs=sources.files, models=sources.models, resume=config.resume)
+    stage = Stage(config, config.stage, inputs=sources.files, models=sources.models)
     if stage.finished:
-        return output
+        return stage.output
     env = reward_functions.read_environment(config, sources)
     require_batch("--rollout-size", config.rollout_size, len(env.prompts))
     if config.dry_run:
         groups = {"responses": 2 * config.rollout_size, "group_size": 2}
-        plan = sampled_plan(config, list(env.shapes.values()), env.prompts, **groups)
-        show_plan(plan, config, device=device, dtype=dtype)
-        return output
+        return stage.show(sampled_plan(config, list(env.shapes.values()), env.prompts, **groups))
     policy = GPT.from_pretrained(sources.policy).to(device)
     policy.gradient_checkpointing = config.gradient_checkpointing
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
@@ -237,11 +178,11 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     reward = reward_functions.reward_of(config, members, sources.functions, env.encoding)
     state = State(policy, adamw(policy, learning_rate=config.learning_rate))
 
-    with stage.begin(state, steps=config.iterations, checkpoint_every=config.checkpoint_every):
+    with stage.begin(state, steps=config.iterations):
         while state.iteration < config.iterations:
             iteration = state.iteration
-            learning_rate = config.learning_rate * linear_schedule(iteration, config.iterations)
-            set_learning_rate(state.optimizer, learning_rate)
+            factor = linear_schedule(iteration, config.iterations)
+            learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             chosen = batch_indices(len(env.prompts), config.rollout_size, seed=config.seed, step=iteration)
             rows = [(prompt, candidate) for prompt in chosen for candidate in range(2)]
             with autocast(device, dtype), stage.attempt() as fitted:
@@ -268,11 +209,8 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                 stage.finish(iteration, {**metrics, "learning_rate": learning_rate}, tokens=int(rollout.lengths.sum()))
             if observe and state.iteration > iteration:
                 observe(state)
-        if distributed.is_writer():
-            policy.save_pretrained(output)
-            tokenizer.save(env.encoding, output)
-            write_model_card(output, script="minirlhf.online_dpo", objective="Online DPO: its own answers, labelled.")
-    return output
+        stage.save(policy, env.encoding, objective="Online DPO: its own answers, labelled.")
+    return stage.output
 
 
 if __name__ == "__main__":

@@ -51,10 +51,11 @@ def cosine_schedule(step: int, total_steps: int, *, warmup_steps: int = 0, final
     return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
-    """Set the learning rate of every parameter group."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> float:
+    """Set the learning rate of every parameter group; returns it."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+    return learning_rate
 
 
 def clip_gradients(model: nn.Module, max_norm: float) -> Tensor:

@@ -125,7 +125,7 @@ def main(config: Config) -> Path:
     device = resolve_device(config.device)
     sources = reward_functions.find_sources(config)
     output = config.run / config.stage / "best.jsonl"
-    stage = Stage(config.run / config.stage, config, inputs=sources.files, models=sources.models, resume=config.resume)
+    stage = Stage(config, config.stage, inputs=sources.files, models=sources.models)
     if stage.finished:
         return output
     env = reward_functions.read_environment(config, sources)

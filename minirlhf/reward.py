@@ -13,11 +13,13 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import Literal, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from minirlhf.comparisons import PairBatch
+from minirlhf.config import Aggregate
 from minirlhf.hf.folder import read_tensors, write_config, write_tensors
 from minirlhf.hf.hub import model_folder
 from minirlhf.model import GPT, GPTConfig, read_config
@@ -98,6 +100,12 @@ class RewardModel(nn.Module):
         write_tensors(self, folder)
 
 
+def response_scores(model: RewardModel, batch: PairBatch) -> Tensor:
+    """(R,) scores of R responses that share their prompts, each read at its last token."""
+    hidden = model.gpt.hidden(batch.tokens, positions=batch.positions, visible=batch.visible)  # (B, T, C)
+    return model.head_scores(hidden.flatten(0, 1)[batch.ends])  # (R,)
+
+
 class ValueModel(nn.Module):
     """V(state before the action at t): forward(tokens (B, T), mask (B, T-1)) -> values (B, T-1), 0 off the mask.
 
@@ -133,9 +141,6 @@ def _zero_head(gpt: GPT, *, bias: bool) -> nn.Linear:
     for parameter in head.parameters():
         nn.init.zeros_(parameter)
     return head
-
-
-Aggregate = Literal["mean", "worst", "mean-minus-variance"]
 
 
 class RewardEnsemble(nn.Module):

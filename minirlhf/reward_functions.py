@@ -28,7 +28,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Protocol
 
 import tiktoken
 import torch
@@ -36,10 +35,11 @@ from torch import Tensor
 
 from minirlhf import data, tokenizer
 from minirlhf.batch import Batch
+from minirlhf.config import RunConfig, SamplingConfig
 from minirlhf.encode import encode_prompts
 from minirlhf.hf.hub import model_folder, model_or_earlier
 from minirlhf.model import GPTConfig, read_config
-from minirlhf.reward import Aggregate, RewardEnsemble, RewardModel
+from minirlhf.reward import RewardEnsemble, RewardModel
 from minirlhf.runtime import UserError, require
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
@@ -201,20 +201,8 @@ class AnswerKey:
 Reward = Callable[[Batch], Tensor]
 
 
-class Asks(Protocol):
-    """The settings of a stage that samples."""
-
-    run: Path
-    policy: str | None
-    reward_model: str | None
-    ensemble: tuple[str, ...]
-    aggregate: Aggregate
-    variance_penalty: float
-    reward: tuple[str, ...]
-    prompts: str
-    split: str
-    columns: tuple[str, ...]
-    max_new_tokens: int
+class Config(SamplingConfig, RunConfig):
+    """The settings of a stage that samples in a run."""
 
 
 @dataclass(frozen=True)
@@ -254,14 +242,14 @@ class Environment:
     prompts: list[list[int]]
 
 
-def find_sources(config: Asks) -> Sources:
+def find_sources(config: Config) -> Sources:
     """The sources that the settings name; raises UserError where there is no such thing."""
     policy = model_or_earlier(config.policy, "--policy", config.run / "sft" / "model")
     functions = {spec: load(spec) for spec in config.reward}
     return Sources(policy, reward_model_folders(config), functions, config.prompts)
 
 
-def reward_model_folders(config: Asks) -> tuple[Path | str, ...]:
+def reward_model_folders(config: Config) -> tuple[Path | str, ...]:
     """The reward models to score with, the run's own first; none where functions alone give the score."""
     others = tuple(map(model_folder, config.ensemble))
     if config.reward and config.reward_model is None:
@@ -269,7 +257,7 @@ def reward_model_folders(config: Asks) -> tuple[Path | str, ...]:
     return (model_or_earlier(config.reward_model, "--reward-model", config.run / "reward" / "model"), *others)
 
 
-def read_environment(config: Asks, sources: Sources) -> Environment:
+def read_environment(config: Config, sources: Sources) -> Environment:
     """Encoding and prompts; raises UserError where models do not fit each other, or prompts not them."""
     texts = [r["prompt"] for r in data.load(config.prompts, "prompts", split=config.split, columns=config.columns)]
     shapes = {source: read_config(source) for source in sources.models}
@@ -293,7 +281,7 @@ def reward_function(model: RewardModel | RewardEnsemble) -> Reward:
 
 
 def reward_of(
-    config: Asks,
+    config: Config,
     members: Sequence[RewardModel],
     functions: Mapping[str, RewardFunction],
     encoding: tiktoken.Encoding,

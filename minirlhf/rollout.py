@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from minirlhf import distributed
+from minirlhf import distributed, ppo
 from minirlhf.batch import Batch, own_micro_batches
 from minirlhf.generate import Samples, generate
 from minirlhf.model import GPT
@@ -176,3 +176,24 @@ def rollout_keys(iteration: int, rows: Sequence[tuple[int, int]], group_size: in
     """The random stream of each (prompt, candidate); a prompt's one response has the stream of its prompt."""
     alone = group_size == 1
     return [(Stream.ROLLOUT, iteration, prompt, *(() if alone else (candidate,))) for prompt, candidate in rows]
+
+
+def rollout_metrics(rollout: Rollout) -> dict[str, Tensor]:
+    """Values to log of the policy before this iteration's update; the KL is in nats a response."""
+    mask = rollout.mask
+    return {
+        "score": rollout.scores.mean(),
+        "kl": ppo.sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, mask),
+        "score_std": rollout.scores.std(correction=0),
+        "response_length": mask.sum(dim=1).float().mean(),
+        "eos_rate": rollout.finished.float().mean(),
+        "sampling_gap": rollout.sampling_gap.max(),
+    }
+
+
+@dataclass
+class Experience(Rollout):
+    """A rollout with what the update learns from it, (B, T-1) each: advantages, and returns (0 without values)."""
+
+    advantages: Tensor
+    returns: Tensor

@@ -87,6 +87,12 @@ def resolve_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def resolve_compute(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Device and number format for `--device` and `--dtype`."""
+    place = resolve_device(device)
+    return place, resolve_dtype(dtype, place)
+
+
 def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager:
     """The context every forward of a stage runs in; the same for policy, reference, reward and value model."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16)

@@ -11,18 +11,16 @@ compared prompt by prompt. Nothing here flows back into training.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import tiktoken
-from torch import Tensor
 
 from minirlhf import data, distributed
-from minirlhf.batch import Batch
 from minirlhf.encode import encode_prompt
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
+from minirlhf.reward_functions import Reward
 from minirlhf.rollout import collect
 from minirlhf.runtime import Stream, project_file
 from minirlhf.tokenizer import response_text
@@ -30,67 +28,49 @@ from minirlhf.world import judge
 
 FILE = "trace.jsonl"  # in the stage's folder
 PROMPTS = 128
+MAX_TOKENS = 2048  # padded, a forward pass
 
 
 class Trace:
-    """Measurements of one run of PPO, in `<stage>/trace.jsonl`.
+    """Measurements of one run of PPO, in `<run>/<stage>/trace.jsonl`.
 
-    folder          of the stage
-    every           iterations between two measurements; there is always one before the first and after the last
-    iterations      of the stage
-    reference       the frozen SFT model, for the KL
-    reward          Batch -> (B,) scores: what PPO maximises
-    seed, max_new_tokens, temperature, max_tokens  of the answers, and padded tokens a forward pass
+    config  of the run: every `trace_every` iterations there is one, always one before the first and after the last
+    Called with the state, the frozen SFT model (for the KL), the reward (what PPO maximises) and the encoding.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        every: int,
-        iterations: int,
-        reference: GPT,
-        reward: Callable[[Batch], Tensor],
-        encoding: tiktoken.Encoding,
-        seed: int,
-        max_new_tokens: int,
-        temperature: float,
-        max_tokens: int,
-    ) -> None:
-        self.path, self.every, self.iterations = folder / FILE, every, iterations
-        self.reference, self.reward, self.encoding = reference, reward, encoding
-        self.seed, self.max_new_tokens, self.max_tokens = seed, max_new_tokens, max_tokens
-        self.temperature = temperature
+    def __init__(self, config: Any) -> None:
+        self.path, self.config = config.run / config.stage / FILE, config
         records = data.load(project_file("world", "prompts.validation.jsonl"), "prompts")[:PROMPTS]
         self.prompts = [record["prompt"] for record in records]
 
-    def observe(self, policy: GPT, iteration: int) -> None:
+    def __call__(self, state: Any, reference: GPT, reward: Reward, encoding: tiktoken.Encoding) -> None:
         """Measure if it is time. A run that goes on measures its first iteration again, with the same result."""
-        if iteration % self.every == 0 or iteration == self.iterations:
-            row = {"iteration": iteration, **self.measure(policy)}
+        iteration = state.iteration
+        if iteration % self.config.trace_every == 0 or iteration == self.config.iterations:
+            row = {"iteration": iteration, **self.measure(state.policy, reference, reward, encoding)}
             if distributed.is_writer():
                 before = [line for line in read_trace(self.path) if line["iteration"] < iteration]
                 lines = [json.dumps(line) + "\n" for line in (*before, row)]
                 self.path.write_text("".join(lines), encoding="utf-8")
 
-    def measure(self, policy: GPT) -> dict[str, Any]:
+    def measure(self, policy: GPT, reference: GPT, reward: Reward, encoding: tiktoken.Encoding) -> dict[str, Any]:
         """Means over the prompts, and `marks`, the judge's mark of each answer."""
         rollout = collect(
             policy,
-            self.reference,
+            reference,
             None,
-            self.reward,
-            [encode_prompt(self.encoding, prompt) for prompt in self.prompts],
+            reward,
+            [encode_prompt(encoding, prompt) for prompt in self.prompts],
             keys=[(Stream.EVALUATION, i) for i in range(len(self.prompts))],
-            seed=self.seed,
-            eos_id=self.encoding.eot_token,
-            max_new_tokens=self.max_new_tokens,
-            temperature=self.temperature,
+            seed=self.config.seed,
+            eos_id=encoding.eot_token,
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
             missing_eos_score=None,
             rescore=False,
-            max_tokens=self.max_tokens,
+            max_tokens=MAX_TOKENS,
         )
-        texts = [response_text(self.encoding, ids) for ids in rollout.response_ids()]
+        texts = [response_text(encoding, ids) for ids in rollout.response_ids()]
         verdicts = [judge(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)]
         means = {
             "kl": kl_k1(rollout.old_logprobs, rollout.ref_logprobs).sum(dim=1).mean().item(),

@@ -84,7 +84,7 @@ def main(config: Config) -> Path:
     device = resolve_device(config.device)
     folder = config.policy or config.run / "sft" / "model"
     output = config.run / "feedback" / "rankings.jsonl"
-    stage = Stage(config.run / "feedback", config, inputs=(config.prompts,), models=(folder,), resume=config.resume)
+    stage = Stage(config, "feedback", inputs=(config.prompts,), models=(folder,))
     if stage.finished:
         return output
     prompts = [r["prompt"] for r in data.load(config.prompts, "prompts")][: config.max_prompts]

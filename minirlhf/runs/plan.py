@@ -33,7 +33,7 @@ from minirlhf.batch import Example, steps_per_epoch
 from minirlhf.comparisons import Comparison
 from minirlhf.config import flag
 from minirlhf.model import GPT, MAX_LOGITS, GPTConfig
-from minirlhf.runtime import autocast, require
+from minirlhf.runtime import autocast, require, resolve_compute
 
 FIRST = {"cuda": 65_536}  # padded tokens with which `auto` begins
 FIRST_ELSEWHERE = 4096  # where the memory is the system's own
@@ -136,20 +136,19 @@ class Plan:
 
 
 def supervised_plan(
+    config: Any,
     steps: int,
     shape: GPTConfig,
     train: Sequence[Example | Comparison],
     held_out: Sequence[Example | Comparison],
     *,
-    batch_size: int,
-    validation_every: int,
     frozen: Sequence[GPTConfig] = (),
     scored: int = 0,
 ) -> Plan:
     """The plan of a stage that goes through its data in batches and measures what is held out now and then."""
-    rows, measured = [row.length for row in train], -(-steps // validation_every)
+    rows, measured = [row.length for row in train], -(-steps // (config.validation_every or steps))
     scored += measured * sum(row.length for row in held_out)
-    return Plan(steps, (shape,), frozen, rows=rows, rows_a_step=batch_size, scored=scored)
+    return Plan(steps, (shape,), frozen, rows=rows, rows_a_step=config.batch_size, scored=scored)
 
 
 def sampled_plan(
@@ -239,8 +238,9 @@ def matrix_rate(shape: GPTConfig, tokens: int, device: torch.device, dtype: torc
     return 2 * count * x.shape[0] * weight.numel() / spent
 
 
-def show_plan(plan: Plan, config: Any, *, device: torch.device, dtype: torch.dtype) -> None:
+def show_plan(plan: Plan, config: Any) -> None:
     """Print what the stage would do and about what it takes."""
+    device, dtype = resolve_compute(config.device, config.dtype)
     tokens = micro_batch(plan, config, device)
     rate = matrix_rate(plan.trained[0], tokens, device, dtype) * distributed.world_size()
     trained, frozen = (sum(map(parameters, shapes)) for shapes in (plan.trained, plan.frozen))

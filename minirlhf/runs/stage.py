@@ -1,13 +1,15 @@
 """One stage's run from its first step to its last: the log, the checkpoints, and what happens when it is stopped.
 
-    stage = Stage(folder, config, inputs=files, resume=config.resume)
+    stage = Stage(config, "ppo", inputs=files)
     if stage.finished:                                    # by an earlier run, which --resume leaves as it is
-        return ...
+        return stage.output
+    if config.dry_run:
+        return stage.show(plan)                           # says what would be done
     with stage.begin(state, steps=total_steps):           # fills `state` from the newest checkpoint
         while state.step < total_steps:
             ...                                           # the step itself stands in the script
             stage.finish(step, metrics, tokens=...)       # a row in the log, and a checkpoint where one is due
-        ...                                               # write the model; leaving the block marks the stage finished
+        stage.save(model, encoding, objective="...")      # leaving the block marks the stage finished
 
 A step is done when its row is written. Whatever ends the process before (a signal, an error, no more memory) drops the
 unfinished step: just before the first optimizer step within it the state is copied, and that copy is what is saved.
@@ -18,56 +20,62 @@ Of several processes all hold the state, and one writes.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
+import tiktoken
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from minirlhf import distributed
+from minirlhf import distributed, tokenizer
+from minirlhf.config import RunConfig
 from minirlhf.files import source_hash
+from minirlhf.model import GPT
+from minirlhf.reward import RewardModel
 from minirlhf.runs import checkpoint, lock, plan
+from minirlhf.runs.card import write_model_card
 from minirlhf.runs.checkpoint import MARKER, DiskFull, Manifest, Parts
-from minirlhf.runs.health import HINTS as HINTS
-from minirlhf.runs.health import Hints
+from minirlhf.runs.health import HINTS, Hints
 from minirlhf.runs.log import LOGS, RunLog, Value, read_rows, require_tracker, versions
-from minirlhf.runs.plan import explain_memory, is_out_of_memory, may_try_again, require_number_for_several
+from minirlhf.runs.plan import (
+    Plan,
+    explain_memory,
+    is_out_of_memory,
+    may_try_again,
+    require_number_for_several,
+    show_plan,
+)
 from minirlhf.runtime import DivergenceError, UserError, held_signals, require
 
 KEPT = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
 
 
 class Stage:
-    """A stage's run in its folder.
+    """A stage's run in its folder, `<run>/<name>`.
 
-    folder          runs/<name>/<stage>
-    config          the stage's configuration, a dataclass
+    config          the stage's configuration; with `resume` the run goes on with what stands in the folder, else that
+                    is moved aside
     inputs, models  files and models (folders or names) that it reads: a run goes on with the same ones only
-    resume          go on with what stands in the folder; else that is moved aside
     """
 
     def __init__(
-        self,
-        folder: Path,
-        config: Any,
-        *,
-        inputs: Sequence[Path | str],
-        models: Sequence[Path | str] = (),
-        resume: bool,
+        self, config: RunConfig, name: str, *, inputs: Sequence[Path | str], models: Sequence[Path | str] = ()
     ) -> None:
-        self.folder, self.config, self.resume = folder, config, resume
+        self.folder, self.config, self.resume = config.run / name, config, config.resume
+        self.output = self.folder / "model"
         self.inputs, self.models = inputs, models
-        self.root = folder / "checkpoints"
+        self.root = self.folder / "checkpoints"
         self.done = self.saved = 0  # steps that are finished, and how many of them the newest checkpoint holds
         self._undo: Parts | None = None  # the state before the unfinished step, once that has changed it
         self._quality: float | None = None
         require_number_for_several(config)
         require_tracker(getattr(config, "track", None))
-        lock.require_writable(folder)
+        lock.require_writable(self.folder)
 
     @property
     def finished(self) -> bool:
@@ -91,23 +99,29 @@ class Stage:
         print(f"{self.folder.name}: is finished")
         return True
 
-    def begin(
-        self,
-        state: object | None,
-        *,
-        steps: int,
-        checkpoint_every: int = 1,
-        best: tuple[str, Literal["min", "max"]] | None = None,
-    ) -> Self:
+    def show(self, plan: Plan) -> Path:
+        """Print what the stage would do (`--dry-run`); returns the folder that its model would be in."""
+        show_plan(plan, self.config)
+        return self.output
+
+    def save(self, model: GPT | RewardModel, encoding: tiktoken.Encoding, *, objective: str) -> None:
+        """Write the trained model with its tokenizer and a model card that says the `objective` in a sentence."""
+        if distributed.is_writer():
+            model.save_pretrained(self.output)
+            tokenizer.save(encoding, self.output)
+            script = Path(inspect.getfile(type(self.config))).name
+            write_model_card(self.output, script=script, objective=objective)
+
+    def begin(self, state: object | None, *, steps: int, best: tuple[str, Literal["min", "max"]] | None = None) -> Self:
         """Open the log; where the run is resumed, fill `state` from the newest checkpoint. Use it in a `with`.
 
-        state             the stage's State; None for a stage of one step, which has no checkpoints and starts again
-        steps             steps (iterations of PPO) of the whole stage
-        checkpoint_every  steps between two checkpoints; there is always one after the last step
-        best              metric by which the best checkpoint is kept, and whether "min" or "max" is best
+        state  the stage's State; None for a stage of one step, which has no checkpoints and starts again
+        steps  steps (iterations of PPO) of the whole stage; there is always a checkpoint after the last
+        best   metric by which the best checkpoint is kept, and whether "min" or "max" is best
         Raises UserError where the run cannot go on (see `checkpoint.load`), or the disk is too full to begin.
         """
-        self.state, self.steps, self.checkpoint_every, self.best = state, steps, checkpoint_every, best
+        self.state, self.steps, self.best = state, steps, best
+        self.checkpoint_every = getattr(self.config, "checkpoint_every", 1)
         self.nbytes = checkpoint.expected(state).nbytes if state is not None else 0
         with contextlib.ExitStack() as locked:
             if distributed.is_writer():
@@ -236,9 +250,9 @@ class Stage:
             name, direction = self.best or ("", "max")
             self._quality = values[name] * (1 if direction == "max" else -1) if name in values else None
             if self.state is not None and (self.done % self.checkpoint_every == 0 or self.done == self.steps):
-                self.save()
+                self.save_checkpoint()
 
-    def save(self) -> None:
+    def save_checkpoint(self) -> None:
         """Write a checkpoint of the last finished step."""
         manifest = Manifest(
             stage=self.folder.name,
@@ -282,7 +296,7 @@ class Stage:
         name = self.folder.name
         try:
             if self.state is not None and self.done > self.saved:
-                self.save()
+                self.save_checkpoint()
         except (UserError, OSError) as failure:
             print(f"{name}: step {self.done} could not be saved: {failure}", file=sys.stderr)
         if self.saved:
