@@ -98,13 +98,13 @@ class State:
 
 
 def train_step(
-    state: State, comparisons: Sequence[ReferencedComparison], config: Config, device: torch.device
+    state: State, comparisons: Sequence[ReferencedComparison], config: Config, device: torch.device, *, max_tokens: int
 ) -> dict[str, Tensor]:
     """One optimizer step; the loss is the mean over all pairs of the batch, however it is divided."""
     count = sum(len(c.pairs) for c in comparisons)  # N of the whole batch, over micro-batches and processes
     parts: list[dict[str, Tensor]] = []
     state.optimizer.zero_grad(set_to_none=True)
-    for part, pairs in pair_micro_batches(comparisons, config.micro_batch_tokens):
+    for part, pairs in pair_micro_batches(comparisons, max_tokens):
         # Chosen and rejected come from one forward pass; the reference's two were stored: 4 x (N,)
         logprobs = pair_logprobs(state.policy, part, pairs.to(device))
         # Rafailov et al. 2023, eq. 7: docs/equations.md#dpo-and-its-kin
@@ -122,12 +122,12 @@ def train_step(
 
 @torch.no_grad()
 def held_out(
-    policy: GPT, comparisons: Sequence[ReferencedComparison], config: Config, device: torch.device
+    policy: GPT, comparisons: Sequence[ReferencedComparison], config: Config, device: torch.device, *, max_tokens: int
 ) -> dict[str, Tensor]:
     """The training metrics on held-out comparisons, without label smoothing in the loss."""
     count = sum(len(c.pairs) for c in comparisons)
     parts: list[dict[str, Tensor]] = []
-    for part, pairs in pair_micro_batches(comparisons, config.micro_batch_tokens):
+    for part, pairs in pair_micro_batches(comparisons, max_tokens):
         logprobs = pair_logprobs(policy, part, pairs.to(device))
         loss = dpo.dpo_loss(*logprobs, beta=config.beta, denominator=count)
         parts.append({"loss": loss, **dpo.diagnostics(*logprobs, beta=config.beta, denominator=count)})
@@ -162,19 +162,18 @@ def main(config: Config) -> Path:
     with stage.begin(state, steps=total_steps, best=("validation_loss", "min")):
         sides = []
         while not sides:  # again where memory ran out
-            with autocast(device, dtype), stage.attempt() as fitted:
-                tokens = fitted.micro_batch_tokens
-                sides = [with_reference(reference, side, device, max_tokens=tokens) for side in (train, validation)]
+            with autocast(device, dtype), stage.attempt() as max_tokens:
+                sides = [with_reference(reference, side, device, max_tokens=max_tokens) for side in (train, validation)]
         train, validation = sides
         while state.step < total_steps:
             step = state.step
             factor = linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
             learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             batch = [train[i] for i in batch_indices(len(train), config.batch_size, seed=config.seed, step=step)]
-            with autocast(device, dtype), stage.attempt() as fitted:
-                metrics = train_step(state, batch, fitted, device)
+            with autocast(device, dtype), stage.attempt() as max_tokens:
+                metrics = train_step(state, batch, config, device, max_tokens=max_tokens)
                 if state.step % config.validation_every == 0 or state.step == total_steps:
-                    metrics |= held_out(policy, validation, fitted, device)
+                    metrics |= held_out(policy, validation, config, device, max_tokens=max_tokens)
                 stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=token_count(batch))
         stage.save(policy, encoding, objective="Direct preference optimisation on comparisons.")
     return stage.output

@@ -164,7 +164,7 @@ class State:
 
 
 def train_step(
-    state: State, rollout: Rollout, config: Config, *, texts: Sequence[Example] = ()
+    state: State, rollout: Rollout, config: Config, *, max_tokens: int, texts: Sequence[Example] = ()
 ) -> dict[str, Tensor | float]:
     """One iteration on a rollout: rewards, advantages, then epochs of minibatches, each an optimizer step.
 
@@ -199,7 +199,7 @@ def train_step(
             parts: list[dict[str, Tensor]] = []
             for _, _, optimizer in state.trained:
                 optimizer.zero_grad(set_to_none=True)
-            for rows in own_micro_batches(minibatch.lengths, config.micro_batch_tokens):
+            for rows in own_micro_batches(minibatch.lengths, max_tokens):
                 part = minibatch.rows(rows)
 
                 # The policy's clipped loss. Schulman et al. 2017, eq. 7; docs/equations.md#ppo
@@ -225,7 +225,9 @@ def train_step(
                     parts[-1]["value_loss"] = value_loss.detach()
 
             if texts:
-                parts.append(ptx_gradient(state, texts, len(minibatch), config, epoch=epoch, number=number))
+                key = (config.seed, Stream.PRETRAINING, state.iteration, epoch, number)
+                drawn = [texts[i] for i in permutation(len(texts), *key)[: len(minibatch)]]
+                parts.append(ptx_gradient(state.policy, drawn, config, max_tokens=max_tokens))
             sums = distributed.add_up(parts, measured(state, config), maxima=("ratio_deviation",))
             require_finite(**{name: value for name, value in sums.items() if name.endswith("_loss")})
             for _, model, _ in state.trained:
@@ -263,19 +265,16 @@ def pretraining_texts(config: Config, encoding: tiktoken.Encoding, *, max_length
     return texts
 
 
-def ptx_gradient(
-    state: State, texts: Sequence[Example], count: int, config: Config, *, epoch: int, number: int
-) -> dict[str, Tensor]:
-    """Add the gradient of coefficient * mean negative log-likelihood of `count` texts; returns this loss.
+def ptx_gradient(policy: GPT, texts: Sequence[Example], config: Config, *, max_tokens: int) -> dict[str, Tensor]:
+    """Add the gradient of coefficient * mean negative log-likelihood of the texts; returns this loss.
 
     Ouyang et al. 2022, eq. 2: the term E_pretraining[log pi(x)] of PPO-ptx. Temperature 1, as in train_sft.py.
     """
-    order = permutation(len(texts), config.seed, Stream.PRETRAINING, state.iteration, epoch, number)[:count]
-    batch = pad([texts[i] for i in order]).to(state.policy.head_weight.device)
+    batch = pad(texts).to(policy.head_weight.device)
     tokens, total = batch.mask.sum(), torch.zeros(())
-    for rows in own_micro_batches(batch.lengths, config.micro_batch_tokens):
+    for rows in own_micro_batches(batch.lengths, max_tokens):
         part = batch.rows(rows)
-        logprobs = state.policy.logprobs(part.tokens, part.mask)  # (b, t-1)
+        logprobs = policy.logprobs(part.tokens, part.mask)  # (b, t-1)
         loss = -config.ptx_coefficient * ops.masked_mean(logprobs, part.mask, denominator=tokens)
         loss.backward()
         total = total + loss.detach().cpu()
@@ -401,7 +400,7 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
             set_learning_rates(state, config)
             chosen = batch_indices(len(env.prompts), per_rollout, seed=config.seed, step=iteration)
             rows = [(prompt, candidate) for prompt in chosen for candidate in range(k)]
-            with autocast(device, dtype), stage.attempt() as fitted:
+            with autocast(device, dtype), stage.attempt() as max_tokens:
                 rollout = collect(
                     policy,
                     reference,
@@ -415,10 +414,10 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
                     temperature=config.temperature,
                     missing_eos_score=config.missing_eos_score,
                     rescore=dtype != torch.float32,
-                    max_tokens=fitted.micro_batch_tokens,
+                    max_tokens=max_tokens,
                     groups=[prompt for prompt, _ in rows],
                 )
-                metrics = train_step(state, rollout, fitted, texts=texts)
+                metrics = train_step(state, rollout, config, max_tokens=max_tokens, texts=texts)
                 stage.finish(iteration, metrics, tokens=int(rollout.lengths.sum()))
             for look in observers if state.iteration > iteration else ():
                 look(state, reference, reward, env.encoding)

@@ -131,7 +131,13 @@ class State:
 
 
 def train_step(
-    state: State, batch: Sequence[Comparison], config: Config, device: torch.device, *, contrast: float = 0.0
+    state: State,
+    batch: Sequence[Comparison],
+    config: Config,
+    device: torch.device,
+    *,
+    max_tokens: int,
+    contrast: float = 0.0,
 ) -> dict[str, Tensor]:
     """One optimizer step; the loss is the mean over all pairs, or rankings, of the batch, however it is divided.
 
@@ -141,7 +147,7 @@ def train_step(
     weight = pair_weights(batch, contrast).sum().item()
     parts: list[dict[str, Tensor]] = []
     state.optimizer.zero_grad(set_to_none=True)
-    for members, part in comparisons.pair_micro_batches(batch, config.micro_batch_tokens):
+    for members, part in comparisons.pair_micro_batches(batch, max_tokens):
         part = part.to(device)
         scores = response_scores(state.model, part)  # (R,) of all responses
         chosen, rejected = scores[part.chosen], scores[part.rejected]  # (N,)
@@ -165,14 +171,11 @@ def train_step(
 
 
 def held_out(
-    model: RewardModel, batch: Sequence[Comparison], config: Config, device: torch.device
+    model: RewardModel, batch: Sequence[Comparison], device: torch.device, *, max_tokens: int
 ) -> dict[str, Tensor]:
     """Loss, accuracy and accuracy by margin (in thirds of |score difference|) on held-out comparisons."""
-    scores = torch.cat(
-        comparisons.over_comparisons(
-            lambda part: response_scores(model, part), batch, config.micro_batch_tokens, device
-        )
-    )  # (R,)
+    parts = comparisons.over_comparisons(lambda part: response_scores(model, part), batch, max_tokens, device)
+    scores = torch.cat(parts)  # (R,)
     chosen, rejected = scores[comparisons.pair_numbers(batch)].unbind(dim=1)  # (N,)
     metrics = {
         "validation_loss": bradley_terry_loss(chosen, rejected),
@@ -248,12 +251,12 @@ def reference_prompts(
 
 
 def reference_scores(
-    model: RewardModel, policy: GPT, prompts: list[list[int]], config: Config, *, eos_id: int
+    model: RewardModel, policy: GPT, prompts: list[list[int]], config: Config, *, eos_id: int, max_tokens: int
 ) -> dict[str, float]:
     """Mean and standard deviation of the score over answers that the policy samples to the prompts."""
     keys = [(Stream.REFERENCE_SAMPLES, i) for i in range(len(prompts))]
     samples = sample(policy, prompts, keys=keys, seed=config.seed, eos_id=eos_id, max_new_tokens=config.max_new_tokens)
-    scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), samples, config.micro_batch_tokens)
+    scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), samples, max_tokens)
     require_finite(reference_scores=scores)  # (B,)
     return {"mean": scores.mean().item(), "std": scores.std(correction=0).item()}
 
@@ -296,21 +299,23 @@ def main(config: Config) -> Path:
             factor = linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
             learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             batch = [train[i] for i in batch_indices(len(train), config.batch_size, seed=config.seed, step=step)]
-            with autocast(device, dtype), stage.attempt() as fitted:
+            with autocast(device, dtype), stage.attempt() as max_tokens:
                 contrast = config.contrast * (1 - step / total_steps)
-                metrics = train_step(state, batch, fitted, device, contrast=contrast)
+                metrics = train_step(state, batch, config, device, max_tokens=max_tokens, contrast=contrast)
                 if state.step % (config.validation_every or total_steps) == 0 or state.step == total_steps:
-                    metrics |= held_out(model, validation, fitted, device)
+                    metrics |= held_out(model, validation, device, max_tokens=max_tokens)
                     keep_best(state, metrics["validation_loss"].item())
                 tokens = comparisons.token_count(batch)
                 stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=tokens)
         if state.best is not None:
             model.load_state_dict(state.best.state_dict())
         with autocast(device, dtype):
-            before = reference_scores(model, policy, prompts, stage.fitted, eos_id=encoding.eot_token)
+            before = reference_scores(
+                model, policy, prompts, config, eos_id=eos_id, max_tokens=stage.micro_batch_tokens
+            )
             model.normalise(before["mean"], before["std"])
         with autocast(device, dtype):  # another block, because autocast keeps copies of the weights as they were
-            after = reference_scores(model, policy, prompts, stage.fitted, eos_id=encoding.eot_token)
+            after = reference_scores(model, policy, prompts, config, **asked)
         if distributed.is_writer():
             write_json(stage.folder / "normalisation.json", {"before": before, "after": after})
         stage.save(model, encoding, objective="A reward model trained on comparisons.")

@@ -113,12 +113,12 @@ class State:
     fitted_tokens: int = 0  # what `--micro-batch-tokens auto` has found; 0 before memory ran out
 
 
-def train_step(state: State, batch: Batch, config: Config) -> dict[str, Tensor]:
+def train_step(state: State, batch: Batch, config: Config, *, max_tokens: int) -> dict[str, Tensor]:
     """One optimizer step on a batch; the loss is the mean over all its response tokens, however it is divided."""
     tokens = batch.mask.sum()  # of the whole batch: what micro-batches and processes add up is its gradient
     parts: list[dict[str, Tensor]] = []
     state.optimizer.zero_grad(set_to_none=True)
-    for index in own_micro_batches(batch.lengths, config.micro_batch_tokens):
+    for index in own_micro_batches(batch.lengths, max_tokens):
         part = batch.rows(index)
         logprobs = state.model.logprobs(part.tokens, part.mask)  # (b, t-1), 0 off the mask
         loss = -masked_mean(logprobs, part.mask, denominator=tokens)  # docs/equations.md#sft
@@ -133,12 +133,10 @@ def train_step(state: State, batch: Batch, config: Config) -> dict[str, Tensor]:
     return {**metrics, "grad_norm": grad_norm}
 
 
-def held_out(model: GPT, examples: Sequence[Example], config: Config, device: torch.device) -> dict[str, Tensor]:
+def held_out(model: GPT, examples: Sequence[Example], device: torch.device, *, max_tokens: int) -> dict[str, Tensor]:
     """Mean negative log-likelihood over all response tokens of the examples, in nats."""
     batch = pad(examples).to(device)
-    logprobs = over_micro_batches(
-        lambda part: model.logprobs(part.tokens, part.mask), batch, config.micro_batch_tokens
-    )  # (B, T-1)
+    logprobs = over_micro_batches(lambda part: model.logprobs(part.tokens, part.mask), batch, max_tokens)  # (B, T-1)
     return {"validation_loss": -masked_mean(logprobs, batch.mask)}
 
 
@@ -196,10 +194,10 @@ def main(config: Config) -> Path:
             learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             rows = batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
             batch = pad([train[i] for i in rows]).to(device)
-            with autocast(device, dtype), stage.attempt() as fitted:
-                metrics = train_step(state, batch, fitted)
+            with autocast(device, dtype), stage.attempt() as max_tokens:
+                metrics = train_step(state, batch, config, max_tokens=max_tokens)
                 if state.step % config.validation_every == 0 or state.step == total_steps:
-                    metrics |= held_out(model, validation, fitted, device)
+                    metrics |= held_out(model, validation, device, max_tokens=max_tokens)
                 stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=int(batch.lengths.sum()))
         stage.save(model, encoding, objective="Supervised fine-tuning on demonstrations.")
     return stage.output

@@ -120,13 +120,13 @@ def label(rollout: Rollout) -> tuple[list[ReferencedComparison], dict[str, int]]
 
 
 def train_step(
-    state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device
+    state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device, *, max_tokens: int
 ) -> dict[str, Tensor]:
     """One optimizer step; the loss is the mean over all pairs, however they are divided."""
     count, beta = len(comparisons), config.beta  # one pair each; of the whole minibatch
     parts: list[dict[str, Tensor]] = []
     state.optimizer.zero_grad(set_to_none=True)
-    for part, pairs in pair_micro_batches(comparisons, config.micro_batch_tokens):
+    for part, pairs in pair_micro_batches(comparisons, max_tokens):
         logprobs = pair_logprobs(state.policy, part, pairs.to(device), temperature=config.temperature)  # 4 x (N,)
         match config.loss:  # docs/equations.md#dpo-and-its-kin
             case "ipo":
@@ -146,7 +146,7 @@ def train_step(
 
 
 def update(
-    state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device
+    state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device, *, max_tokens: int
 ) -> dict[str, Tensor | int]:
     """Epochs of shuffled minibatches over the pairs; means over the steps, of which there are none without a pair."""
     rows = []
@@ -154,7 +154,8 @@ def update(
         order = permutation(len(comparisons), config.seed, Stream.MINIBATCH, state.iteration, epoch)
         for index in torch.tensor(order).tensor_split(config.minibatches):
             if len(index):  # few pairs may be left
-                rows.append(train_step(state, [comparisons[i] for i in index.tolist()], config, device))
+                batch = [comparisons[i] for i in index.tolist()]
+                rows.append(train_step(state, batch, config, device, max_tokens=max_tokens))
     means = {name: torch.stack([row[name].cpu() for row in rows]).mean() for name in (rows[0] if rows else ())}
     return {**means, "optimizer_steps": len(rows)}
 
@@ -185,7 +186,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
             learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             chosen = batch_indices(len(env.prompts), config.rollout_size, seed=config.seed, step=iteration)
             rows = [(prompt, candidate) for prompt in chosen for candidate in range(2)]
-            with autocast(device, dtype), stage.attempt() as fitted:
+            with autocast(device, dtype), stage.attempt() as max_tokens:
                 rollout = collect(
                     policy,
                     reference,
@@ -199,12 +200,16 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     temperature=config.temperature,
                     missing_eos_score=config.missing_eos_score,
                     rescore=dtype != torch.float32,
-                    max_tokens=fitted.micro_batch_tokens,
+                    max_tokens=max_tokens,
                     groups=[prompt for prompt, _ in rows],
                 )
                 require_finite(scores=rollout.scores)
                 pairs, counts = label(rollout)
-                metrics = {**rollout_metrics(rollout), **counts, **update(state, pairs, fitted, device)}
+                metrics = {
+                    **rollout_metrics(rollout),
+                    **counts,
+                    **update(state, pairs, config, device, max_tokens=max_tokens),
+                }
                 state.iteration += 1
                 stage.finish(iteration, {**metrics, "learning_rate": learning_rate}, tokens=int(rollout.lengths.sum()))
             if observe and state.iteration > iteration:

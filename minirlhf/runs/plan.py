@@ -17,7 +17,6 @@ Left out: attention's part that grows with the square of a row, padding, checkpo
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import time
 from collections.abc import Sequence
@@ -41,13 +40,12 @@ REFUSALS = ("can't allocate memory", "not enough memory", "MPS backend out of me
 LEVERS = ("micro_batch_tokens", "batch_size", "rollout_size")
 
 
-def fitted(config: Any, state: Any) -> Any:
-    """The configuration with a number for `--micro-batch-tokens`: of `auto`, what `state.fitted_tokens` says so far."""
+def micro_batch_tokens(config: Any, state: Any) -> int:
+    """The number for `--micro-batch-tokens`: of `auto`, what `state.fitted_tokens` says so far."""
     if not is_auto(config):
-        return config
+        return config.micro_batch_tokens
     model = next(value for value in vars(state).values() if isinstance(value, nn.Module))
-    first = FIRST.get(next(model.parameters()).device.type, FIRST_ELSEWHERE)
-    return dataclasses.replace(config, micro_batch_tokens=state.fitted_tokens or first)
+    return state.fitted_tokens or FIRST.get(next(model.parameters()).device.type, FIRST_ELSEWHERE)
 
 
 def is_auto(config: Any) -> bool:
@@ -61,9 +59,9 @@ def require_number_for_several(config: Any) -> None:
     require(alone or not is_auto(config), "--micro-batch-tokens auto: is for one process; give several a number")
 
 
-def may_try_again(error: Exception, config: Any, fitted: Any) -> bool:
-    """Whether a step that ended with `error` may start again with half the micro-batch of `fitted`."""
-    return is_auto(config) and fitted.micro_batch_tokens > 1 and is_out_of_memory(error)
+def may_try_again(error: Exception, config: Any, tokens: int) -> bool:
+    """True where a step that ended with `error` may start again with half of its micro-batch of `tokens`."""
+    return is_auto(config) and tokens > 1 and is_out_of_memory(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -72,9 +70,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSALS))
 
 
-def explain_memory(config: Any, fitted: Any) -> str:
-    """The batch, the peak of memory, and the flag values to try; `fitted` is the configuration in force."""
-    sizes = {name: getattr(fitted, name) for name in LEVERS if hasattr(config, name)}
+def explain_memory(config: Any, tokens: int) -> str:
+    """The batch with its micro-batches of `tokens`, the peak of memory, and the flag values to try."""
+    sizes = {name: getattr(config, name) for name in LEVERS if hasattr(config, name)} | {"micro_batch_tokens": tokens}
     batch = " ".join(f"{flag(name)} {value}" for name, value in sizes.items())
     smaller = [f"{flag(name)} {value // 2}" for name, value in sizes.items() if value > 1]
     first = [words for words in smaller if words.startswith("--micro-batch-tokens") and not is_auto(config)]

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import tiktoken
 import torch
@@ -202,26 +202,26 @@ class Stage:
                 self._undo = checkpoint.parts(self.state).clone()
 
     @property
-    def fitted(self) -> Any:
-        """The configuration with a number for `--micro-batch-tokens`, which `auto` finds."""
-        return plan.fitted(self.config, self.state)
+    def micro_batch_tokens(self) -> int:
+        """Padded tokens a forward pass; with `--micro-batch-tokens auto`, as many as have been found to fit."""
+        return plan.micro_batch_tokens(self.config, self.state)
 
     @contextlib.contextmanager
-    def attempt(self) -> Iterator[Any]:
-        """A training step within a loop that comes again while the step is not done; gives `fitted`.
+    def attempt(self) -> Iterator[int]:
+        """A training step within a loop that comes again while the step is not done; gives `micro_batch_tokens`.
 
         Where `--micro-batch-tokens` is `auto` and memory runs out, the state is again what it was before the step, and
         the next attempt has half as many tokens a forward pass. The gradient is the same whatever their number.
         """
-        fitted, done = self.fitted, self.done
+        tokens, done = self.micro_batch_tokens, self.done
         try:
-            yield fitted
+            yield tokens
         except Exception as error:
-            if self.done > done or not may_try_again(error, self.config, fitted):
+            if self.done > done or not may_try_again(error, self.config, tokens):
                 raise
         else:
             return
-        self._halve(fitted.micro_batch_tokens)
+        self._halve(tokens)
 
     def _halve(self, tokens: int) -> None:
         """Put back the state from before the unfinished step, with half the micro-batch."""
@@ -308,7 +308,7 @@ class Stage:
         if isinstance(error, DivergenceError):
             return DivergenceError(f"{where}: {error}")
         if is_out_of_memory(error):
-            return UserError(f"{where}: {explain_memory(self.config, self.fitted)}")
+            return UserError(f"{where}: {explain_memory(self.config, self.micro_batch_tokens)}")
         return checkpoint.disk_full(error, self.folder, self.nbytes) or error
 
     def _hashes(self) -> dict[str, str]:
