@@ -309,13 +309,12 @@ def main(config: Config) -> Path:
                 stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=tokens)
         if state.best is not None:
             model.load_state_dict(state.best.state_dict())
+        sampling = {"eos_id": encoding.eot_token, "max_tokens": stage.micro_batch_tokens}
         with autocast(device, dtype):
-            before = reference_scores(
-                model, policy, prompts, config, eos_id=eos_id, max_tokens=stage.micro_batch_tokens
-            )
+            before = reference_scores(model, policy, prompts, config, **sampling)
             model.normalise(before["mean"], before["std"])
         with autocast(device, dtype):  # another block, because autocast keeps copies of the weights as they were
-            after = reference_scores(model, policy, prompts, config, **asked)
+            after = reference_scores(model, policy, prompts, config, **sampling)
         if distributed.is_writer():
             write_json(stage.folder / "normalisation.json", {"before": before, "after": after})
         stage.save(model, encoding, objective="A reward model trained on comparisons.")
