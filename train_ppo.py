@@ -9,10 +9,10 @@ Maximises, by clipped policy gradients with advantages from GAE,
 
     python train_ppo.py --advantages rloo --group-size 4      # no value model: a prompt's responses are compared
 
-`main` samples a rollout, and `train_step` learns from it: rewards with the KL penalty, advantages estimated once, and a
-few epochs of shuffled minibatches. Expect the score to rise by about one standard deviation at a KL of a few nats.
-Only `--advantages gae` has a value model; the others are in minirlhf/grpo.py. With one epoch of one minibatch the ratio
-is 1, and the update is a plain policy gradient.
+Each iteration of `main` samples a rollout, turns scores and per-token KL into rewards, estimates advantages once, and
+takes a few epochs of shuffled minibatches, each an optimizer step: `train_step`. Expect the score to rise by about one
+standard deviation at a KL of a few nats. Only `--advantages gae` has a value model; the others are in minirlhf/grpo.py.
+With one epoch of one minibatch the ratio is 1, and the update is a plain policy gradient.
 Left out: an entropy bonus and a shared trunk for policy and value; neither is needed at these sizes.
 """
 
@@ -29,8 +29,8 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from minirlhf import data, distributed, grpo, ops, ppo, reward_functions
-from minirlhf.batch import Example, batch_indices, own_micro_batches, pad, permutation, require_batch, shuffled
+from minirlhf import data, distributed, grpo, ops, ppo, ptx, reward_functions
+from minirlhf.batch import Example, batch_indices, own_micro_batches, require_batch, shuffled
 from minirlhf.config import (
     Count,
     Finite,
@@ -43,11 +43,10 @@ from minirlhf.config import (
     TrainConfig,
     run_script,
 )
-from minirlhf.encode import encode_demonstrations
 from minirlhf.model import GPT
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.reward import RewardModel, ValueModel
-from minirlhf.reward_functions import Reward
+from minirlhf.reward_functions import Environment, Reward
 from minirlhf.rollout import Experience, Rollout, collect, rollout_keys, rollout_metrics
 from minirlhf.runs.plan import sampled_plan
 from minirlhf.runs.stage import Stage
@@ -164,81 +163,84 @@ class State:
 
 
 def train_step(
-    state: State, rollout: Rollout, config: Config, *, max_tokens: int, texts: Sequence[Example] = ()
-) -> dict[str, Tensor | float]:
-    """One iteration on a rollout: rewards, advantages, then epochs of minibatches, each an optimizer step.
+    state: State,
+    minibatch: Experience,
+    config: Config,
+    *,
+    beta: float,
+    max_tokens: int,
+    texts: Sequence[Example] = (),
+) -> dict[str, Tensor]:
+    """One optimizer step of policy and value model; the losses are means over all tokens of the minibatch.
 
+    beta   of the KL penalty, where that is in the loss
     texts  of PPO-ptx
-    Returns the values to log: those of the rollout, and means over the optimizer steps.
     """
-    mask = rollout.mask  # (B, T-1), true on the response, its EOS included
-    beta = state.kl_controller.beta if state.kl_controller else config.beta
-
-    # Rewards: the KL penalty at each token, the score at the last. Ziegler et al. 2019, eq. 2; docs/equations.md#ppo
-    both, penalty = (rollout.old_logprobs, rollout.ref_logprobs), beta if config.kl_in == "reward" else 0.0
-    rewards = ppo.kl_penalised_rewards(rollout.scores, *both, mask, beta=penalty)  # (B, T-1)
-
-    # Advantages: once, before the first update. Schulman et al. 2016, eq. 16; docs/equations.md#ppo
-    if config.advantages == "gae":
-        rewards = ops.rescale(rewards, mask) if config.whiten_rewards else rewards
-        advantages, returns = ppo.gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)  # (B, T-1)
-        advantages = ops.whiten(advantages, mask) if config.whiten_advantages else advantages
-    else:
-        advantages, returns = response_advantages(state, rewards, rollout, config), torch.zeros_like(rewards)
-    require_finite(scores=rollout.scores, rewards=rewards, advantages=advantages, returns=returns)
-    experience = Experience(**vars(rollout), advantages=advantages, returns=returns)
-
+    tokens = minibatch.mask.sum()  # of the whole minibatch, over micro-batches and processes
     clip, value_clip = (math.inf if c is None else c for c in (config.clip, config.value_clip))
-    steps: list[dict[str, Tensor]] = []
-    for epoch in range(config.epochs):
-        key = (config.seed, Stream.MINIBATCH, state.iteration, epoch)
-        for number, minibatch in enumerate(shuffled(experience, config.minibatches, *key)):
-            if steps and config.stop_kl is not None and steps[-1]["approximate_kl"] > config.stop_kl:
-                break  # in the epochs that remain too
-            tokens = minibatch.mask.sum()  # of the whole minibatch, over micro-batches and processes
-            parts: list[dict[str, Tensor]] = []
-            for _, _, optimizer in state.trained:
-                optimizer.zero_grad(set_to_none=True)
-            for rows in own_micro_batches(minibatch.lengths, max_tokens):
-                part = minibatch.rows(rows)
+    parts: list[dict[str, Tensor]] = []
+    for _, _, optimizer in state.trained:
+        optimizer.zero_grad(set_to_none=True)
+    for rows in own_micro_batches(minibatch.lengths, max_tokens):
+        part = minibatch.rows(rows)
+        seen, old = (part.tokens, part.mask), (part.old_logprobs, part.advantages, part.mask)
 
-                # The policy's clipped loss. Schulman et al. 2017, eq. 7; docs/equations.md#ppo
-                seen = (part.tokens, part.mask)
-                logprobs, entropy = state.policy.logprobs_and_entropy(*seen, temperature=config.temperature)  # (b, t-1)
-                old = (part.old_logprobs, part.advantages, part.mask)
-                policy_loss = ppo.policy_loss(logprobs, *old, clip=clip, denominator=tokens)
-                parts.append({"policy_loss": policy_loss.detach()})
-                if config.kl_in == "loss":
-                    kl, kind = (logprobs, part.ref_logprobs, part.mask), config.kl_estimator
-                    kl_loss = beta * grpo.kl_loss(*kl, estimator=kind, denominator=tokens)
-                    policy_loss, parts[-1]["kl_loss"] = policy_loss + kl_loss, kl_loss.detach()
-                policy_loss.backward()
-                parts[-1]["entropy"] = ops.masked_mean(entropy, part.mask, denominator=tokens)
-                parts[-1] |= ppo.policy_diagnostics(logprobs, *old, clip=clip, denominator=tokens)
+        # The policy's clipped loss. Schulman et al. 2017, eq. 7; docs/equations.md#ppo
+        logprobs, entropy = state.policy.logprobs_and_entropy(*seen, temperature=config.temperature)  # (b, t-1) each
+        policy_loss = ppo.policy_loss(logprobs, *old, clip=clip, denominator=tokens)
+        values = {
+            "policy_loss": policy_loss.detach(),
+            "entropy": ops.masked_mean(entropy, part.mask, denominator=tokens),
+        }
+        values |= ppo.policy_diagnostics(logprobs, *old, clip=clip, denominator=tokens)
+        if config.kl_in == "loss":
+            pair, kind = (logprobs, part.ref_logprobs, part.mask), config.kl_estimator
+            kl_loss = beta * grpo.kl_loss(*pair, estimator=kind, denominator=tokens)
+            policy_loss, values["kl_loss"] = policy_loss + kl_loss, kl_loss.detach()
+        policy_loss.backward()
 
-                # The value model's, apart: one model's activations are in memory at a time; docs/equations.md#ppo
-                if state.value_model is not None:
-                    values, targets = state.value_model(*seen), (part.values, part.returns, part.mask)  # (b, t-1)
-                    value_loss = ppo.value_loss(values, *targets, clip=value_clip, denominator=tokens)
-                    value_loss.backward()
-                    parts[-1] |= ppo.value_diagnostics(values, *targets, clip=value_clip, denominator=tokens)
-                    parts[-1]["value_loss"] = value_loss.detach()
+        # The value model's, apart: one model's activations are in memory at a time. docs/equations.md#ppo
+        if state.value_model is not None:
+            predicted, targets = state.value_model(*seen), (part.values, part.returns, part.mask)  # (b, t-1) each
+            value_loss = ppo.value_loss(predicted, *targets, clip=value_clip, denominator=tokens)
+            values |= ppo.value_diagnostics(predicted, *targets, clip=value_clip, denominator=tokens)
+            values["value_loss"] = value_loss.detach()
+            value_loss.backward()
+        parts.append(values)
+    if texts:
+        parts.append(ptx.ptx_gradient(state.policy, texts, coefficient=config.ptx_coefficient, max_tokens=max_tokens))
+    sums = distributed.add_up(parts, measured(state, config, ptx=len(texts) > 0), maxima=("ratio_deviation",))
+    require_finite(**{name: value for name, value in sums.items() if name.endswith("_loss")})
+    for _, model, _ in state.trained:
+        distributed.sum_gradients(model)
+    norms = {f"{name}_grad_norm": clip_gradients(model, config.max_grad_norm) for name, model, _ in state.trained}
+    for _, _, optimizer in state.trained:
+        optimizer.step()
+    return {**sums, **norms}
 
-            if texts:
-                key = (config.seed, Stream.PRETRAINING, state.iteration, epoch, number)
-                drawn = [texts[i] for i in permutation(len(texts), *key)[: len(minibatch)]]
-                parts.append(ptx_gradient(state.policy, drawn, config, max_tokens=max_tokens))
-            sums = distributed.add_up(parts, measured(state, config), maxima=("ratio_deviation",))
-            require_finite(**{name: value for name, value in sums.items() if name.endswith("_loss")})
-            for _, model, _ in state.trained:
-                distributed.sum_gradients(model)
-            for name, model, _ in state.trained:
-                sums[f"{name}_grad_norm"] = clip_gradients(model, config.max_grad_norm)
-            for _, _, optimizer in state.trained:
-                optimizer.step()
-            steps.append(sums)
 
-    return end_iteration(state, experience, steps, config, beta=beta)
+def sample_rollout(
+    state: State, reference: GPT, reward: Reward, env: Environment, config: Config, *, rescore: bool, max_tokens: int
+) -> Rollout:
+    """A response, or a group of them, to each prompt of this iteration, with all that is known before the update."""
+    k, size = config.group_size, config.rollout_size // config.group_size
+    chosen = batch_indices(len(env.prompts), size, seed=config.seed, step=state.iteration)
+    return collect(
+        state.policy,
+        reference,
+        state.value_model,
+        reward,
+        [env.prompts[i] for i in chosen for _ in range(k)],
+        keys=rollout_keys(state.iteration, chosen, k),
+        seed=config.seed,
+        eos_id=env.encoding.eot_token,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        missing_eos_score=config.missing_eos_score,
+        rescore=rescore,
+        max_tokens=max_tokens,
+        groups=[i for i in chosen for _ in range(k)],
+    )
 
 
 def response_advantages(state: State, rewards: Tensor, rollout: Rollout, config: Config) -> Tensor:
@@ -256,36 +258,11 @@ def response_advantages(state: State, rewards: Tensor, rollout: Rollout, config:
     return grpo.per_token(advantages, rollout.mask)
 
 
-def pretraining_texts(config: Config, encoding: tiktoken.Encoding, *, max_length: int) -> list[Example]:
-    """The texts of PPO-ptx, none without."""
-    if config.ptx_data is None:
-        return []
-    texts = encode_demonstrations(encoding, data.load(config.ptx_data, "demonstrations"), max_length=max_length)
-    require(len(texts) > 0, f"--ptx-data {config.ptx_data}: nothing in it fits {max_length} tokens")
-    return texts
-
-
-def ptx_gradient(policy: GPT, texts: Sequence[Example], config: Config, *, max_tokens: int) -> dict[str, Tensor]:
-    """Add the gradient of coefficient * mean negative log-likelihood of the texts; returns this loss.
-
-    Ouyang et al. 2022, eq. 2: the term E_pretraining[log pi(x)] of PPO-ptx. Temperature 1, as in train_sft.py.
-    """
-    batch = pad(texts).to(policy.head_weight.device)
-    tokens, total = batch.mask.sum(), torch.zeros(())
-    for rows in own_micro_batches(batch.lengths, max_tokens):
-        part = batch.rows(rows)
-        logprobs = policy.logprobs(part.tokens, part.mask)  # (b, t-1)
-        loss = -config.ptx_coefficient * ops.masked_mean(logprobs, part.mask, denominator=tokens)
-        loss.backward()
-        total = total + loss.detach().cpu()
-    return {"ptx_loss": total}
-
-
-def measured(state: State, config: Config) -> list[str]:
+def measured(state: State, config: Config, *, ptx: bool) -> list[str]:
     """Names of a step's values that are sums over tokens, each divided by the tokens of the whole minibatch."""
     names = ["policy_loss", "entropy", "approximate_kl", "clip_fraction", "ratio"]
     names += ["kl_loss"] if config.kl_in == "loss" else []
-    names += ["ptx_loss"] if config.ptx_data else []
+    names += ["ptx_loss"] if ptx else []
     return names + (["value_loss", "value_clip_fraction", "value_error"] if state.value_model else [])
 
 
@@ -361,7 +338,15 @@ def set_learning_rates(state: State, config: Config) -> None:
         set_learning_rate(state.value_optimizer, config.value_learning_rate * factor)
 
 
-Observer = Callable[[State, GPT, Reward, tiktoken.Encoding], None]
+Observer = Callable[[State, GPT, Reward, tiktoken.Encoding], object]
+
+
+def observers(config: Config, observe: Observer | None) -> Observer:
+    """All that look at the run as one: `observe`, and the trace, loaded by name because PPO itself needs no judge."""
+    every = [observe] if observe else []
+    if config.trace_every:
+        every.append(reward_functions.load("minirlhf.evaluate.trace:Trace", flag="--trace-every")(config))
+    return lambda *seen: [look(*seen) for look in every]
 
 
 def main(config: Config, *, observe: Observer | None = None) -> Path:
@@ -377,49 +362,60 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
     if stage.finished:
         return stage.output
     env, k = reward_functions.read_environment(config, sources), config.group_size
-    per_rollout, grouped = config.rollout_size // k, "" if k == 1 else f" in groups of {k}, prompts"
-    require_batch(f"--rollout-size{grouped}", per_rollout, len(env.prompts))
-    texts = pretraining_texts(config, env.encoding, max_length=env.shapes[sources.policy].n_positions)
+    grouped = "" if k == 1 else f" in groups of {k}, prompts"
+    require_batch(f"--rollout-size{grouped}", config.rollout_size // k, len(env.prompts))
+    context, rescore = env.shapes[sources.policy].n_positions, dtype != torch.float32
+    texts = ptx.pretraining_texts(config.ptx_data, env.encoding, max_length=context)
     if config.dry_run:
-        groups = {"responses": config.rollout_size, "group_size": k, "valued": config.advantages == "gae"}
-        return stage.show(sampled_plan(config, list(env.shapes.values()), env.prompts, **groups))
+        sizes, valued = {"responses": config.rollout_size, "group_size": k}, config.advantages == "gae"
+        return stage.show(sampled_plan(config, list(env.shapes.values()), env.prompts, **sizes, valued=valued))
     policy = GPT.from_pretrained(sources.policy).to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = reward_functions.load_reward_models(sources, device)
     reward = reward_functions.reward_of(config, members, sources.functions, env.encoding)
     state = initial_state(config, policy, members)
-    observers = [observe] if observe else []
-    if config.trace_every:  # by name: PPO itself needs no judge
-        observers.append(reward_functions.load("minirlhf.evaluate.trace:Trace", flag="--trace-every")(config))
+    look = observers(config, observe)
 
     with stage.begin(state, steps=config.iterations, best=("objective", "max")):
-        for look in observers:
-            look(state, reference, reward, env.encoding)
+        look(state, reference, reward, env.encoding)
         while state.iteration < config.iterations:
-            iteration = state.iteration
+            iteration, beta = state.iteration, state.kl_controller.beta if state.kl_controller else config.beta
             set_learning_rates(state, config)
-            chosen = batch_indices(len(env.prompts), per_rollout, seed=config.seed, step=iteration)
-            rows = [(prompt, candidate) for prompt in chosen for candidate in range(k)]
             with autocast(device, dtype), stage.attempt() as max_tokens:
-                rollout = collect(
-                    policy,
-                    reference,
-                    state.value_model,
-                    reward,
-                    [env.prompts[prompt] for prompt, _ in rows],
-                    keys=rollout_keys(iteration, rows, k),
-                    seed=config.seed,
-                    eos_id=env.encoding.eot_token,
-                    max_new_tokens=config.max_new_tokens,
-                    temperature=config.temperature,
-                    missing_eos_score=config.missing_eos_score,
-                    rescore=dtype != torch.float32,
-                    max_tokens=max_tokens,
-                    groups=[prompt for prompt, _ in rows],
-                )
-                metrics = train_step(state, rollout, config, max_tokens=max_tokens, texts=texts)
+                rollout = sample_rollout(state, reference, reward, env, config, rescore=rescore, max_tokens=max_tokens)
+                mask = rollout.mask  # (B, T-1), true on the response, its EOS included
+
+                # Rewards: the KL penalty at each token, the score at the last. Ziegler et al. 2019, eq. 2
+                old, penalty = (rollout.old_logprobs, rollout.ref_logprobs), beta if config.kl_in == "reward" else 0.0
+                rewards = ppo.kl_penalised_rewards(rollout.scores, *old, mask, beta=penalty)  # (B, T-1)
+
+                # Advantages: once, before the first update. Schulman et al. 2016, eq. 16; docs/equations.md#ppo
+                if config.advantages == "gae":
+                    rewards = ops.rescale(rewards, mask) if config.whiten_rewards else rewards
+                    advantages, returns = ppo.gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
+                    advantages = ops.whiten(advantages, mask) if config.whiten_advantages else advantages
+                else:
+                    advantages, returns = (
+                        response_advantages(state, rewards, rollout, config),
+                        torch.zeros_like(rewards),
+                    )
+                require_finite(scores=rollout.scores, rewards=rewards, advantages=advantages, returns=returns)
+                experience = Experience(**vars(rollout), advantages=advantages, returns=returns)
+
+                # Epochs of minibatches, each an optimizer step.
+                steps: list[dict[str, Tensor]] = []
+                for epoch in range(config.epochs):
+                    key = (config.seed, Stream.MINIBATCH, iteration, epoch)
+                    for number, minibatch in enumerate(shuffled(experience, config.minibatches, *key)):
+                        if steps and config.stop_kl is not None and steps[-1]["approximate_kl"] > config.stop_kl:
+                            break  # in the epochs that remain too
+                        of_texts = (config.seed, Stream.PRETRAINING, iteration, epoch, number)
+                        drawn = ptx.draw(texts, len(minibatch), *of_texts)
+                        step = train_step(state, minibatch, config, beta=beta, max_tokens=max_tokens, texts=drawn)
+                        steps.append(step)
+                metrics = end_iteration(state, experience, steps, config, beta=beta)
                 stage.finish(iteration, metrics, tokens=int(rollout.lengths.sum()))
-            for look in observers if state.iteration > iteration else ():
+            if state.iteration > iteration:
                 look(state, reference, reward, env.encoding)
         stage.save(policy, env.encoding, objective="PPO against a reward model.")
     return stage.output

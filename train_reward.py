@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
@@ -144,19 +143,23 @@ def train_step(
     contrast  of this step: a pair that differs in d tokens weighs d^-contrast
     """
     pairs = sum(len(c.pairs) for c in batch)  # N of the whole batch, over micro-batches and processes
-    weight = pair_weights(batch, contrast).sum().item()
+    weight = comparisons.pair_weights(batch, contrast).sum().item()
     parts: list[dict[str, Tensor]] = []
     state.optimizer.zero_grad(set_to_none=True)
     for members, part in comparisons.pair_micro_batches(batch, max_tokens):
         part = part.to(device)
         scores = response_scores(state.model, part)  # (R,) of all responses
         chosen, rejected = scores[part.chosen], scores[part.rejected]  # (N,)
-        weights = pair_weights(members, contrast).to(scores)  # (N,)
+        weights = comparisons.pair_weights(members, contrast).to(scores)  # (N,)
         match config.objective, config.ties:  # docs/equations.md#reward-model
             case "plackett-luce", _:
-                loss = ranking_loss(scores, members, denominator=len(batch))
-            case _, "davidson":
-                loss = tie_loss(chosen, rejected, weights, nu=config.davidson_nu, denominator=weight)
+                ranked = comparisons.ranked_scores(scores, members)  # (M, K) each, best first
+                loss = torch.stack([plackett_luce_loss(rows, denominator=len(batch)) for rows in ranked]).sum()
+            case _, "davidson":  # a tie stands here once each way with weight 1/2, equally likely both ways
+                tied, nu = weights < 1, config.davidson_nu
+                won = davidson_loss(chosen[~tied], rejected[~tied], tied[~tied], nu=nu, denominator=weight)
+                ties = davidson_loss(chosen[tied], rejected[tied], tied[tied], nu=nu, denominator=weight)
+                loss = won + 0.5 * ties
             case _:  # Ouyang et al. 2022, eq. 1
                 loss = bradley_terry_loss(chosen, rejected, weights=weights, denominator=weight)
         loss.backward()
@@ -186,34 +189,6 @@ def held_out(
         if len(third):
             metrics[f"accuracy_margin_{name}"] = accuracy(chosen[third], rejected[third])
     return metrics
-
-
-def pair_weights(batch: Sequence[Comparison], contrast: float) -> Tensor:
-    """(N,) weights of all pairs: a pair's own times d^-contrast, where its two responses differ in d tokens."""
-    weights = [
-        weight * comparisons.differing_tokens(c.examples[i].response_ids, c.examples[j].response_ids) ** -contrast
-        for c in batch
-        for (i, j), weight in zip(c.pairs, c.pair_weights, strict=True)
-    ]
-    return torch.tensor(weights, dtype=torch.float64)
-
-
-def ranking_loss(scores: Tensor, batch: Sequence[Comparison], *, denominator: float) -> Tensor:
-    """Plackett-Luce over whole rankings, those of one length together: (R,) scores of all responses -> scalar."""
-    by_length: dict[int, list[Tensor]] = defaultdict(list)
-    for own, comparison in zip(scores.split([len(c.examples) for c in batch]), batch, strict=True):
-        order = comparisons.best_first(comparison)
-        by_length[len(order)].append(own[order])
-    parts = [plackett_luce_loss(torch.stack(rows), denominator=denominator) for rows in by_length.values()]
-    return torch.stack(parts).sum()
-
-
-def tie_loss(chosen: Tensor, rejected: Tensor, weights: Tensor, *, nu: float, denominator: float) -> Tensor:
-    """Davidson over pairs and ties; a tie stands here once each way with weight 1/2, equally likely both ways."""
-    tied = weights < 1
-    won = davidson_loss(chosen[~tied], rejected[~tied], tied[~tied], nu=nu, denominator=denominator)
-    ties = davidson_loss(chosen[tied], rejected[tied], tied[tied], nu=nu, denominator=denominator)
-    return won + 0.5 * ties
 
 
 def check_settings(config: Config) -> None:
@@ -259,6 +234,21 @@ def reference_scores(
     scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), samples, max_tokens)
     require_finite(reference_scores=scores)  # (B,)
     return {"mean": scores.mean().item(), "std": scores.std(correction=0).item()}
+
+
+def normalise(
+    model: RewardModel, policy: GPT, prompts: list[list[int]], config: Config, *, eos_id: int, max_tokens: int
+) -> None:
+    """Rescale the score to mean 0 and standard deviation 1 over sampled answers; write both, before and after."""
+    device, dtype = resolve_compute(config.device, config.dtype)
+    found = {}
+    for when in ("before", "after"):
+        with autocast(device, dtype):  # a block each, because autocast keeps copies of the weights as they were
+            found[when] = reference_scores(model, policy, prompts, config, eos_id=eos_id, max_tokens=max_tokens)
+        if when == "before":
+            model.normalise(found[when]["mean"], found[when]["std"])
+    if distributed.is_writer():
+        write_json(config.run / "reward" / "normalisation.json", found)
 
 
 def main(config: Config) -> Path:
@@ -309,14 +299,7 @@ def main(config: Config) -> Path:
                 stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=tokens)
         if state.best is not None:
             model.load_state_dict(state.best.state_dict())
-        sampling = {"eos_id": encoding.eot_token, "max_tokens": stage.micro_batch_tokens}
-        with autocast(device, dtype):
-            before = reference_scores(model, policy, prompts, config, **sampling)
-            model.normalise(before["mean"], before["std"])
-        with autocast(device, dtype):  # another block, because autocast keeps copies of the weights as they were
-            after = reference_scores(model, policy, prompts, config, **sampling)
-        if distributed.is_writer():
-            write_json(stage.folder / "normalisation.json", {"before": before, "after": after})
+        normalise(model, policy, prompts, config, eos_id=encoding.eot_token, max_tokens=stage.micro_batch_tokens)
         stage.save(model, encoding, objective="A reward model trained on comparisons.")
     return stage.output
 

@@ -7,6 +7,7 @@ and backward, and every number is that of the responses in rows of their own.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -153,6 +154,25 @@ def differing_tokens(first: Sequence[int], second: Sequence[int]) -> int:
     start = next((t for t in range(shortest) if first[t] != second[t]), shortest)
     end = next((t for t in range(shortest - start) if first[-1 - t] != second[-1 - t]), shortest - start)
     return max(len(first), len(second)) - start - end
+
+
+def pair_weights(comparisons: Sequence[Comparison], contrast: float) -> Tensor:
+    """(N,) weights of all pairs: a pair's own times d^-contrast, where its two responses differ in d tokens."""
+    weights = [
+        weight * differing_tokens(c.examples[i].response_ids, c.examples[j].response_ids) ** -contrast
+        for c in comparisons
+        for (i, j), weight in zip(c.pairs, c.pair_weights, strict=True)
+    ]
+    return torch.tensor(weights, dtype=torch.float64)
+
+
+def ranked_scores(scores: Tensor, comparisons: Sequence[Comparison]) -> list[Tensor]:
+    """(R,) scores of all responses -> (M, K), best first, of the M comparisons that rank K responses, for each K."""
+    by_length: dict[int, list[Tensor]] = defaultdict(list)
+    for part, comparison in zip(scores.split([len(c.examples) for c in comparisons]), comparisons, strict=True):
+        order = best_first(comparison)
+        by_length[len(order)].append(part[order])
+    return [torch.stack(rows) for rows in by_length.values()]
 
 
 def pair_numbers(comparisons: Sequence[Comparison]) -> Tensor:

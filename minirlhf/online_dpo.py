@@ -185,15 +185,14 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
             factor = linear_schedule(iteration, config.iterations)
             learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             chosen = batch_indices(len(env.prompts), config.rollout_size, seed=config.seed, step=iteration)
-            rows = [(prompt, candidate) for prompt in chosen for candidate in range(2)]
             with autocast(device, dtype), stage.attempt() as max_tokens:
                 rollout = collect(
                     policy,
                     reference,
                     None,
                     reward,
-                    [env.prompts[prompt] for prompt, _ in rows],
-                    keys=rollout_keys(iteration, rows, 2),
+                    [env.prompts[i] for i in chosen for _ in range(2)],
+                    keys=rollout_keys(iteration, chosen, 2),
                     seed=config.seed,
                     eos_id=env.encoding.eot_token,
                     max_new_tokens=config.max_new_tokens,
@@ -201,7 +200,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     missing_eos_score=config.missing_eos_score,
                     rescore=dtype != torch.float32,
                     max_tokens=max_tokens,
-                    groups=[prompt for prompt, _ in rows],
+                    groups=[i for i in chosen for _ in range(2)],
                 )
                 require_finite(scores=rollout.scores)
                 pairs, counts = label(rollout)

@@ -172,10 +172,11 @@ def collect(
     )
 
 
-def rollout_keys(iteration: int, rows: Sequence[tuple[int, int]], group_size: int) -> list[tuple[int, ...]]:
-    """The random stream of each (prompt, candidate); a prompt's one response has the stream of its prompt."""
-    alone = group_size == 1
-    return [(Stream.ROLLOUT, iteration, prompt, *(() if alone else (candidate,))) for prompt, candidate in rows]
+def rollout_keys(iteration: int, prompts: Sequence[int], group_size: int) -> list[tuple[int, ...]]:
+    """The random stream of each response, `group_size` to a prompt; a prompt's one response has that of its prompt."""
+    if group_size == 1:
+        return [(Stream.ROLLOUT, iteration, prompt) for prompt in prompts]
+    return [(Stream.ROLLOUT, iteration, prompt, k) for prompt in prompts for k in range(group_size)]
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, Tensor]:
