@@ -343,9 +343,10 @@ Observer = Callable[[State, GPT, Reward, tiktoken.Encoding], object]
 
 def observers(config: Config, observe: Observer | None) -> Observer:
     """All that look at the run as one: `observe`, and the trace, loaded by name because PPO itself needs no judge."""
-    every = [observe] if observe else []
+    every = []
     if config.trace_every:
         every.append(reward_functions.load("minirlhf.evaluate.trace:Trace", flag="--trace-every")(config))
+    every += [observe] if observe else []
     return lambda *seen: [look(*seen) for look in every]
 
 
@@ -395,10 +396,8 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
                     advantages, returns = ppo.gae(rewards, rollout.values, mask, gamma=config.gamma, lam=config.lam)
                     advantages = ops.whiten(advantages, mask) if config.whiten_advantages else advantages
                 else:
-                    advantages, returns = (
-                        response_advantages(state, rewards, rollout, config),
-                        torch.zeros_like(rewards),
-                    )
+                    advantages = response_advantages(state, rewards, rollout, config)
+                    returns = torch.zeros_like(rewards)
                 require_finite(scores=rollout.scores, rewards=rewards, advantages=advantages, returns=returns)
                 experience = Experience(**vars(rollout), advantages=advantages, returns=returns)
 

@@ -17,13 +17,13 @@ import tiny
 import torch
 
 import train_ppo
-from minirlhf import ablate, ops, ppo, ppo_update
+from minirlhf import ablate, ops, ppo
 from minirlhf.ablate import AS_TRAINED, DETAILS
 from minirlhf.ablation_report import CURVES, HELD_OUT, WHOLE, changed, interval, report, table
 from minirlhf.evaluate.bootstrap import bootstrap_interval
-from minirlhf.experience import Experience
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
+from minirlhf.rollout import Experience
 from minirlhf.runtime import UserError
 
 SMALL = {"iterations": 2, "rollout_size": 6, "learning_rate": 1e-2, "prompts": 5, "every": 1}
@@ -46,15 +46,15 @@ def test_each_detail_is_one_setting_of_ppo_and_every_detail_can_be_named() -> No
 
 @pytest.fixture(scope="module")
 def learned(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
-    """A stage without whitening and with constant rates: its calls of `learn_from` and `update`."""
+    """A stage without whitening and with constant rates: the end of its iterations and its optimizer steps."""
     run = tiny.copy_of(tiny.finished_run(), tmp_path_factory.mktemp("ppo"), "sft", "reward")
     with pytest.MonkeyPatch.context() as patch:
-        calls = tiny.spy(patch, train_ppo, "learn_from")
+        calls = tiny.spy(patch, train_ppo, "end_iteration")
         optimizers = ("policy_optimizer", "value_optimizer")
         updates = tiny.spy(
             patch,
             train_ppo,
-            "update",
+            "train_step",
             before=lambda arguments: [tiny.learning_rates(getattr(arguments["state"], name)) for name in optimizers],
         )
         off = {"whiten_advantages": False, "schedule": "constant", "adam_eps": 3e-7}
@@ -63,32 +63,39 @@ def learned(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
 
 
 def test_without_whitening_the_advantages_are_those_of_gae(learned: SimpleNamespace) -> None:
-    call = learned.calls[0]
-    rollout: Experience = call.result
+    rollout: Experience = learned.calls[0].arguments["experience"]
     mask = rollout.mask
     rewards = ppo.kl_penalised_rewards(rollout.scores, rollout.old_logprobs, rollout.ref_logprobs, mask, beta=0.2)
     advantages, returns = ppo.gae(rewards, rollout.values, mask, gamma=0.99, lam=0.9)
     torch.testing.assert_close(rollout.advantages, advantages)
     torch.testing.assert_close(rollout.returns, returns)
     assert abs(ops.masked_mean(advantages, mask)) > 0.01  # whitened they would be others
-    whitened = train_ppo.learn_from(**{**call.arguments, "whiten_advantages": True})
-    torch.testing.assert_close(whitened.advantages, ops.whiten(advantages, mask))
-    torch.testing.assert_close(whitened.returns, returns)
 
 
 def test_the_rates_rise_over_the_warm_up_and_then_follow_their_schedule() -> None:
     """Over two of six iterations: a half, the whole, then in equal steps to 0 at the end, or no further change."""
     for schedule, factors in (("linear", [1 / 2, 1, 1, 3 / 4, 1 / 2, 1 / 4]), ("constant", [1 / 2, 1, 1, 1, 1, 1])):
-        config = train_ppo.Config(iterations=6, warmup_iterations=2, schedule=schedule)
-        assert [train_ppo.rate_factor(i, config) for i in range(6)] == factors
-    without = train_ppo.Config(iterations=4)
-    assert [train_ppo.rate_factor(i, without) for i in range(4)] == [1, 3 / 4, 1 / 2, 1 / 4]
+        assert rates_of(iterations=6, warmup_iterations=2, schedule=schedule) == factors
+    assert rates_of(iterations=4) == [1, 3 / 4, 1 / 2, 1 / 4]
+
+
+def rates_of(**settings: Any) -> list[float]:
+    """The policy's learning rate in each iteration, of a peak of 1; the value model's is twice as large throughout."""
+    config = train_ppo.Config(learning_rate=1.0, value_learning_rate=2.0, **settings)
+    policy, values = (torch.optim.SGD([torch.zeros(1)], lr=9.0) for _ in range(2))
+    state, rates = train_ppo.State(None, None, policy, values, None), []
+    for state.iteration in range(config.iterations):
+        train_ppo.set_learning_rates(state, config)
+        (rate,), (other,) = tiny.learning_rates(policy), tiny.learning_rates(values)
+        assert other == 2 * rate
+        rates.append(rate)
+    return rates
 
 
 def test_a_constant_schedule_leaves_both_rates_and_the_epsilon_reaches_both_optimizers(
     learned: SimpleNamespace,
 ) -> None:
-    assert [update.before for update in learned.updates] == [[[1e-2] * 2, [2e-2] * 2]] * 3
+    assert [update.before for update in learned.updates] == [[[1e-2] * 2, [2e-2] * 2]] * 12
     state = learned.updates[-1].arguments["state"]
     for optimizer in (state.policy_optimizer, state.value_optimizer):
         assert {group["eps"] for group in optimizer.param_groups} == {3e-7}
@@ -96,15 +103,15 @@ def test_a_constant_schedule_leaves_both_rates_and_the_epsilon_reaches_both_opti
 
 @pytest.mark.parametrize("switch", ["clip", "value_clip"])
 def test_without_a_clip_its_loss_is_the_plain_one_and_the_other_stays(switch: str, learned: SimpleNamespace) -> None:
-    call = learned.updates[0]
-    state, e = call.arguments["state"], copy.deepcopy(call.arguments["experience"])
+    state, e = (copy.deepcopy(learned.calls[0].arguments[name]) for name in ("state", "experience"))
     mask = e.mask
     e.old_logprobs = e.old_logprobs - 0.7 * mask  # so far that the clips act at most tokens
     e.values = e.values + 0.9 * mask
     config = tiny.ppo_config(Path())
 
     clipped, plain = (
-        ppo_update.train_step(copy.deepcopy(state), e, c) for c in (config, replace(config, **{switch: None}))
+        train_ppo.train_step(copy.deepcopy(state), e, c, beta=0.2, max_tokens=1000)
+        for c in (config, replace(config, **{switch: None}))
     )
     assert clipped["clip_fraction"] > 0 and clipped["value_clip_fraction"] > 0
     logprobs = state.policy.logprobs(e.tokens, mask, temperature=config.temperature)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import train_ppo
 import train_sft
-from minirlhf import ppo, ppo_update
+from minirlhf import ppo
 from minirlhf.batch import Example, pad
 from minirlhf.grpo import RunningBaseline, grpo, grpo_no_std, kl_loss, per_token, reinforce, rloo
 from minirlhf.model import GPT
@@ -377,19 +377,25 @@ def rollout_of(groups: list[int], scores: list[float]) -> Rollout:
     return Rollout(batch.tokens, batch.prompt_lengths, batch.lengths, **known)
 
 
+def advantages_of(name: str, rollout: Rollout) -> Tensor:
+    """(B, T-1) of the rollout, at a beta of 0.2."""
+    config = train_ppo.Config(advantages=name, group_size=2)
+    state = train_ppo.State(None, None, None, None, None)
+    logprobs = (rollout.old_logprobs, rollout.ref_logprobs)
+    rewards = ppo.kl_penalised_rewards(rollout.scores, *logprobs, rollout.mask, beta=0.2)
+    return train_ppo.response_advantages(state, rewards, rollout, config)
+
+
 @every_estimator
 def test_groups_cannot_be_mixed_up_by_the_order_of_rows(name: str) -> None:
     rollout = rollout_of([5, 8, 5, 8, 8, 5], [0.1, 2.0, -1.0, 0.5, 3.0, 0.7])
-    settings = {"advantages": name, "beta": 0.2, "baseline": None}
-    learned = train_ppo.learn_without_values(rollout, **settings)
+    found = advantages_of(name, rollout)
     kl = [0.25 * i * (1 + i % 3) for i in range(6)]  # log-ratio a token times tokens
     rewards = [score - 0.2 * k for score, k in zip(rollout.scores.tolist(), kl, strict=True)]
     expected = slow(name, rewards, rollout.groups.tolist())
-    torch.testing.assert_close(learned.advantages, torch.where(rollout.mask, expected[:, None], 0.0))
+    torch.testing.assert_close(found, torch.where(rollout.mask, expected[:, None], 0.0))
     order = torch.tensor([3, 0, 5, 1, 4, 2])
-    shuffled = train_ppo.learn_without_values(rollout.rows(order), **settings)
-    torch.testing.assert_close(shuffled.advantages, learned.advantages[order])
-    assert not learned.returns.any()
+    torch.testing.assert_close(advantages_of(name, rollout.rows(order)), found[order])
 
 
 def test_rows_are_groups_by_themselves_where_nobody_says_otherwise() -> None:
@@ -397,7 +403,7 @@ def test_rows_are_groups_by_themselves_where_nobody_says_otherwise() -> None:
     alone = Rollout(**{name: value for name, value in vars(rollout).items() if name != "groups"})
     assert alone.groups.tolist() == [0, 1] and alone.rows(torch.tensor([1])).groups.tolist() == [1]
     with pytest.raises(ValueError, match="a group has one response"):
-        train_ppo.learn_without_values(alone, advantages="rloo", beta=0.0, baseline=None)
+        advantages_of("rloo", alone)
 
 
 def test_the_running_baseline_holds_the_rollouts_before_and_is_saved(
@@ -406,21 +412,21 @@ def test_the_running_baseline_holds_the_rollouts_before_and_is_saved(
     class Stop(Exception):
         pass
 
-    calls = tiny.spy(monkeypatch, train_ppo, "learn_without_values", before=lambda a: a["baseline"].value)
+    calls = tiny.spy(monkeypatch, train_ppo, "response_advantages", before=lambda a: a["state"].baseline.value)
     whole = stage(tmp_path / "whole", **SETTINGS["reinforce"], checkpoint_every=1)
     rows = read_rows(whole)
     expected, first, second = 0.0, rows[0]["objective"], rows[1]["objective"]
     assert [calls[0].before, calls[1].before] == [expected, pytest.approx(first, rel=1e-5)]
     assert calls[2].before == pytest.approx((0.9 * first + second) / 1.9, rel=1e-5)
-    advantages = calls[2].result.advantages
-    rewards = calls[2].result.scores - 0.2 * (calls[2].result.old_logprobs - calls[2].result.ref_logprobs).sum(1)
-    expected_advantages = torch.where(calls[2].result.mask, (rewards - calls[2].before)[:, None], 0.0)
-    torch.testing.assert_close(advantages, expected_advantages)
+    rollout = calls[2].arguments["rollout"]
+    rewards = rollout.scores - 0.2 * (rollout.old_logprobs - rollout.ref_logprobs).sum(1)
+    expected_advantages = torch.where(rollout.mask, (rewards - calls[2].before)[:, None], 0.0)
+    torch.testing.assert_close(calls[2].result, expected_advantages)
 
     run = tiny.copy_of(tiny.finished_run(), tmp_path / "stopped", "sft", "reward")
     config = replace(tiny.ppo_config(run), **SETTINGS["reinforce"], checkpoint_every=1)
 
-    def stop(state: train_ppo.State) -> None:
+    def stop(state: train_ppo.State, *_: object) -> None:
         if state.iteration == 2:
             raise Stop
 
@@ -435,20 +441,21 @@ def test_the_running_baseline_holds_the_rollouts_before_and_is_saved(
 
 
 def test_a_kl_in_the_loss_is_not_in_the_rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    learned = tiny.spy(monkeypatch, train_ppo, "learn_without_values")
-    values = tiny.spy(monkeypatch, train_ppo, "learn_from")
+    rewards = tiny.spy(monkeypatch, ppo, "kl_penalised_rewards")
+    iterations = tiny.spy(monkeypatch, train_ppo, "end_iteration")
     once = {"iterations": 2, "epochs": 1, "minibatches": 1}
     for name, kind in (("grpo", "k3"), ("grpo-no-std", "k2")):
         folder = stage(tmp_path / name, **SETTINGS[name], **once)
-        for row, call in zip(read_rows(folder), learned[-2:], strict=True):
+        for row, call, iteration in zip(read_rows(folder), rewards[-2:], iterations[-2:], strict=True):
             assert call.arguments["beta"] == 0.0
-            rollout = call.result  # at the first step the policy is the one that sampled
+            rollout = iteration.arguments["experience"]  # at the first step the policy is the one that sampled
             kl = kl_loss(rollout.old_logprobs, rollout.ref_logprobs, rollout.mask, estimator=kind)
             assert row["kl_loss"] == pytest.approx(0.2 * kl.item(), rel=1e-3, abs=1e-7)  # cached and full forward
     assert row["kl_loss"] > 0  # the second rollout: the policy has left the reference
     stage(tmp_path / "gae", kl_in="loss", **once)
+    assert rewards[-1].arguments["beta"] == 0.0
     stage(tmp_path / "reward", **SETTINGS["rloo"], **once)
-    assert values[0].arguments["beta"] == 0.0 and learned[-1].arguments["beta"] == 0.2
+    assert rewards[-1].arguments["beta"] == 0.2
 
 
 def test_the_gradient_of_the_kl_in_the_loss_pulls_to_the_reference(tmp_path: Path) -> None:
@@ -469,25 +476,24 @@ def test_ptx_adds_the_gradient_of_the_pretraining_loss() -> None:
     minibatch = train_ppo.Experience(**known, advantages=zeros, returns=zeros)
     expected = GPT.from_pretrained(run / "sft" / "model")
     sft = train_sft.State(expected, adamw(expected, learning_rate=1e-2, eps=1e-5))
-    seen = train_sft.train_step(sft, pad(texts), micro_batch_tokens=1000, max_grad_norm=1e9)
+    seen = train_sft.train_step(sft, pad(texts), train_sft.Config(max_grad_norm=1e9), max_tokens=1000)
     for tokens in (1, 1000):
         policy = GPT.from_pretrained(run / "sft" / "model")
         state = train_ppo.State(policy, None, adamw(policy, learning_rate=1e-2, eps=1e-5), None, None)
-        changes = {"ptx_coefficient": 2.5, "ptx_data": "texts", "max_grad_norm": 1e9, "micro_batch_tokens": tokens}
+        changes = {"ptx_coefficient": 2.5, "ptx_data": "texts", "max_grad_norm": 1e9}
         config = replace(tiny.ppo_config(run), **SETTINGS["rloo"], **changes)
-        metrics = ppo_update.train_step(state, minibatch, config, pretraining=pad(texts))
+        metrics = train_ppo.train_step(state, minibatch, config, beta=0.2, max_tokens=tokens, texts=texts)
         assert metrics["ptx_loss"].item() == pytest.approx(2.5 * seen["loss"].item(), rel=1e-5)
         assert float(metrics["policy_grad_norm"]) == pytest.approx(2.5 * float(seen["grad_norm"]), rel=1e-4)
     with_policy = torch.where(rollout.mask, doubles([1.0, -1.0, 0.5])[:, None], 0.0).float()
     norms = []
-    for pretraining in (None, pad(texts)):
+    for pretraining in ([], texts):
         policy = GPT.from_pretrained(run / "sft" / "model")
         state = train_ppo.State(policy, None, adamw(policy, learning_rate=0.0), None, None)
-        metrics = ppo_update.train_step(
-            state, replace(minibatch, advantages=with_policy), config, pretraining=pretraining
-        )
+        learned = replace(minibatch, advantages=with_policy)
+        metrics = train_ppo.train_step(state, learned, config, beta=0.2, max_tokens=1000, texts=pretraining)
         norms.append({name: p.grad.clone() for name, p in policy.named_parameters()})
-        assert ("ptx_loss" in metrics) == (pretraining is not None)
+        assert ("ptx_loss" in metrics) == bool(pretraining)
     for name, p in expected.named_parameters():
         torch.testing.assert_close(norms[1][name] - norms[0][name], 2.5 * p.grad, atol=1e-4, rtol=1e-3)  # float32 sums
 
@@ -495,21 +501,21 @@ def test_ptx_adds_the_gradient_of_the_pretraining_loss() -> None:
 def test_ptx_texts_are_drawn_anew_each_step_and_by_the_seed_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps = tiny.spy(monkeypatch, ppo_update, "train_step")
+    steps = tiny.spy(monkeypatch, train_ppo, "train_step")
     drawn = []
     for name, seed in (("a", tiny.SEED), ("b", tiny.SEED), ("c", 9)):
         run = tiny.copy_of(tiny.finished_run(), tmp_path / name, "sft", "reward")
         settings = {**SETTINGS["rloo"], "ptx_coefficient": 0.5, "ptx_data": str(run / "train.jsonl"), "seed": seed}
         tiny.run_stage("ppo", run, **settings, iterations=1)
-        drawn.append([call.arguments["pretraining"].tokens.tolist() for call in steps[-4:]])
+        drawn.append([call.arguments["texts"] for call in steps[-4:]])
         rows = read_rows(run / "ppo")
         assert rows[0]["ptx_loss"] > 0
         inputs = json.loads((run / "ppo" / "run.json").read_text())["inputs"]
         assert str(run / "train.jsonl") in inputs
     assert drawn[0] == drawn[1] != drawn[2]
-    assert len({str(tokens) for tokens in drawn[0]}) == 4 and all(len(tokens) == 3 for tokens in drawn[0])
+    assert len({str(texts) for texts in drawn[0]}) == 4 and all(len(texts) == 3 for texts in drawn[0])
     stage(tmp_path / "none", **SETTINGS["rloo"], iterations=1)
-    assert steps[-1].arguments["pretraining"] is None
+    assert steps[-1].arguments["texts"] == []
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

@@ -58,11 +58,11 @@ def test_ppo_maximises_the_score_of_the_ensemble(tmp_path: Path, monkeypatch: py
     with torch.no_grad():
         other.score.weight.mul_(-1)
     other.save_pretrained(tmp_path / "other")
-    rollouts = tiny.spy(monkeypatch, train_ppo, "learn_from")
+    rollouts = tiny.spy(monkeypatch, train_ppo, "end_iteration")
     settings = {"ensemble": (str(tmp_path / "other"),), "aggregate": "mean-minus-variance", "variance_penalty": 2.0}
     config = replace(tiny.ppo_config(run), iterations=1, missing_eos_score=None, **settings)
     train_ppo.main(config)
-    rollout = rollouts[0].arguments["rollout"]
+    rollout = rollouts[0].arguments["experience"]
     with torch.no_grad():
         r = RewardModel.from_pretrained(run / "reward" / "model")(rollout.tokens, rollout.lengths)
     # the two are r and -r: mean 0, variance r^2

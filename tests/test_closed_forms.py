@@ -13,12 +13,12 @@ import itertools
 
 import pytest
 import torch
+from tiny import learn_from, update
 from torch import Tensor
 
-import train_dpo
 import train_ppo
 from minirlhf.batch import Batch, Example, pad
-from minirlhf.comparisons import Comparison, pad_comparisons
+from minirlhf.comparisons import Comparison, pad_comparisons, seq_logprobs
 from minirlhf.dpo import dpo_loss
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw, linear_schedule, set_learning_rate
@@ -109,8 +109,8 @@ def test_ppo_converges_to_the_optimum(beta: float) -> None:
             rescore=False,
             max_tokens=10_000,
         )
-        experience = train_ppo.learn_from(rollout, beta=beta, gamma=1.0, lam=0.95, whiten_rewards=False)
-        metrics = train_ppo.update(state, experience, config)
+        experience = learn_from(rollout, beta=beta, gamma=1.0, lam=0.95)
+        metrics = update(state, experience, config)
         assert metrics["first_ratio_deviation"] < 1e-4
     assert total_variation(probabilities(policy), best) < 0.05
 
@@ -121,12 +121,12 @@ def test_dpo_converges_to_the_optimum(beta: float) -> None:
     reference = copy.deepcopy(policy).requires_grad_(False)
     best = optimum(reference, beta)
     assert total_variation(probabilities(policy), best) > 0.1
-    ref = train_dpo.seq_logprobs(reference, COMPARED).detach()
+    ref = seq_logprobs(reference, COMPARED).detach()
     optimizer = adamw(policy, learning_rate=0)
     for step in range(STEPS):
         set_learning_rate(optimizer, 2e-2 * linear_schedule(step, STEPS))
         optimizer.zero_grad()
-        expected_dpo_loss(train_dpo.seq_logprobs(policy, COMPARED), ref, beta).backward()
+        expected_dpo_loss(seq_logprobs(policy, COMPARED), ref, beta).backward()
         optimizer.step()
     assert total_variation(probabilities(policy), best) < 0.05
 

@@ -6,12 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-import train_dpo
-import train_reward
 from minirlhf.batch import Batch, Example, pad
-from minirlhf.comparisons import Comparison, PairBatch, over_comparisons, pad_comparisons, pair_numbers
+from minirlhf.comparisons import Comparison, PairBatch, over_comparisons, pad_comparisons, pair_numbers, seq_logprobs
 from minirlhf.model import GPT, GPTConfig
-from minirlhf.reward import RewardModel
+from minirlhf.reward import RewardModel, response_scores
 
 CPU = torch.device("cpu")
 CONFIG = GPTConfig(vocab_size=11, n_positions=10, n_layer=2, n_head=2, n_embd=8)
@@ -49,7 +47,7 @@ def gradients(model: torch.nn.Module, values: Tensor) -> list[Tensor]:
 @settings(deadline=None, derandomize=True, max_examples=30)
 def test_logprobs_and_their_gradients_are_those_of_rows_apart(group: list[Comparison]) -> None:
     gpt, rows = new_gpt(), apart(group)
-    shared = train_dpo.seq_logprobs(gpt, pad_comparisons(group))
+    shared = seq_logprobs(gpt, pad_comparisons(group))
     expected = gpt.logprobs(rows.tokens, rows.mask).sum(dim=1)
     torch.testing.assert_close(shared, expected, atol=1e-12, rtol=1e-12)
     for got, want in zip(gradients(gpt, shared), gradients(gpt, expected), strict=True):
@@ -60,7 +58,7 @@ def test_logprobs_and_their_gradients_are_those_of_rows_apart(group: list[Compar
 @settings(deadline=None, derandomize=True, max_examples=30)
 def test_scores_and_their_gradients_are_those_of_rows_apart(group: list[Comparison]) -> None:
     model, rows = RewardModel.from_gpt(new_gpt(), generator=torch.Generator().manual_seed(0)).double(), apart(group)
-    shared = train_reward.response_scores(model, pad_comparisons(group))
+    shared = response_scores(model, pad_comparisons(group))
     expected = model(rows.tokens, rows.lengths)
     torch.testing.assert_close(shared, expected, atol=1e-12, rtol=1e-12)
     for got, want in zip(gradients(model, shared), gradients(model, expected), strict=True):
@@ -100,7 +98,7 @@ def test_a_query_reads_the_prompt_and_its_own_response_up_to_itself() -> None:
 def test_a_row_may_be_longer_than_the_context_as_long_as_each_response_fits() -> None:
     group = [Comparison([Example([1] * 5, [2] * 5), Example([1] * 5, [3] * 5)], [(0, 1)])]
     assert group[0].length == 15 > CONFIG.n_positions
-    assert train_dpo.seq_logprobs(new_gpt(), pad_comparisons(group)).isfinite().all()
+    assert seq_logprobs(new_gpt(), pad_comparisons(group)).isfinite().all()
 
 
 def test_answers_to_different_prompts_are_no_comparison() -> None:

@@ -22,7 +22,7 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf.batch import Batch, Example, pad
-from minirlhf.comparisons import Comparison
+from minirlhf.comparisons import Comparison, with_reference
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel, ValueModel
@@ -92,24 +92,27 @@ def sft(tokens: int, rows: list[int], widen: int) -> Result:
     optimizer, seen = watched(model)
     batch = widened(pad([EXAMPLES[i] for i in rows]), widen)
     state = train_sft.State(model, optimizer)
-    return seen, plain(train_sft.train_step(state, batch, micro_batch_tokens=tokens, max_grad_norm=1e9))
+    return seen, plain(train_sft.train_step(state, batch, train_sft.Config(max_grad_norm=1e9), max_tokens=tokens))
 
 
 def reward(tokens: int, rows: list[int], widen: int) -> Result:
     model = RewardModel.from_gpt(new_gpt(1), generator=torch.Generator().manual_seed(1))
     optimizer, seen = watched(model)
-    settings = {"device": CPU, "micro_batch_tokens": tokens, "max_grad_norm": 1e9, "contrast": 1.0}
+    config = train_reward.Config(max_grad_norm=1e9)
+    state = train_reward.State(model, optimizer)
     comparisons = [COMPARISONS[i] for i in rows if i < 12]
-    return seen, plain(train_reward.train_step(train_reward.State(model, optimizer), comparisons, **settings))
+    return seen, plain(train_reward.train_step(state, comparisons, config, CPU, max_tokens=tokens, contrast=1.0))
 
 
 def dpo(tokens: int, rows: list[int], widen: int) -> Result:
     policy = new_gpt(2)
     optimizer, seen = watched(policy)
-    config = train_dpo.Config(beta=0.3, label_smoothing=0.1, max_grad_norm=1e9, micro_batch_tokens=tokens)
+    config = train_dpo.Config(beta=0.3, label_smoothing=0.1, max_grad_norm=1e9)
     # The reference's pass is in micro-batches too.
-    comparisons = train_dpo.with_reference(new_gpt(3), [COMPARISONS[i] for i in rows if i < 12], CPU, max_tokens=tokens)
-    return seen, plain(train_dpo.train_step(train_dpo.State(policy, optimizer), comparisons, config, CPU))
+    comparisons = with_reference(new_gpt(3), [COMPARISONS[i] for i in rows if i < 12], CPU, max_tokens=tokens)
+    return seen, plain(
+        train_dpo.train_step(train_dpo.State(policy, optimizer), comparisons, config, CPU, max_tokens=tokens)
+    )
 
 
 def rollout_of(rows: list[int]) -> Rollout:
@@ -138,9 +141,9 @@ def ppo(tokens: int, rows: list[int], widen: int) -> Result:
     value_optimizer, value_seen = watched(value_model)
     state = train_ppo.State(policy, value_model, policy_optimizer, value_optimizer, None)
     rollout = widened(rollout_of(rows), widen)
-    experience = train_ppo.learn_from(rollout, beta=0.1, gamma=0.99, lam=0.9, whiten_rewards=True)
-    config = train_ppo.Config(epochs=1, minibatches=1, clip=0.2, max_grad_norm=1e9, micro_batch_tokens=tokens)
-    metrics = {**train_ppo.rollout_metrics(rollout, experience), **train_ppo.update(state, experience, config)}
+    experience = tiny.learn_from(rollout, beta=0.1, gamma=0.99, lam=0.9, whiten_rewards=True)
+    config = train_ppo.Config(epochs=1, minibatches=1, clip=0.2, max_grad_norm=1e9)
+    metrics = tiny.update(state, experience, config, max_tokens=tokens)
     return {**seen, **{f"value.{name}": g for name, g in value_seen.items()}}, plain(metrics)
 
 

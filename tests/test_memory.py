@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from test_resume import CHANGES, MODULES, STEP_OWNERS, Stop, exit_code, forked, new_run, stop_at
+from test_resume import CHANGES, MODULES, Stop, exit_code, forked, new_run, stop_at
 
 from minirlhf import distributed, world
 from minirlhf import model as model_module
@@ -79,7 +79,7 @@ def test_a_step_that_starts_again_leaves_no_trace(name: str, call: int, tmp_path
     undisturbed, disturbed = (new_run(name, tmp_path / kind) for kind in ("undisturbed", "disturbed"))
     run(name, undisturbed)
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, STEP_OWNERS[name], "train_step", call, after=True, error=torch.OutOfMemoryError)
+        stop_at(patch, MODULES[name], "train_step", call, after=True, error=torch.OutOfMemoryError)
         run(name, disturbed)
     assert result(disturbed / name) == result(undisturbed / name)
     assert (found(undisturbed / name), found(disturbed / name)) == (0, FIRST_ELSEWHERE // 2)

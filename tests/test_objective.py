@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,10 +16,16 @@ from tiny import ENCODING
 
 import train_reward
 from minirlhf.batch import Example
-from minirlhf.comparisons import Comparison, best_against_rest, best_first, pair_numbers
+from minirlhf.comparisons import (
+    Comparison,
+    PairBatch,
+    best_against_rest,
+    best_first,
+    pair_micro_batches,
+    pair_weights,
+)
 from minirlhf.encode import encode_comparison
 from minirlhf.files import write_records
-from minirlhf.objective import Objective, pair_weights
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import UserError
 
@@ -28,10 +35,42 @@ def encode(ranks: list[int], *, ties: bool = False, **more: object) -> Compariso
     return encode_comparison(ENCODING, record, max_length=90, ties=ties)
 
 
-def loss_of(objective: Objective, comparisons: list[Comparison], scores: torch.Tensor, contrast: float = 0.0) -> float:
-    comparisons = objective.prepare(comparisons)
-    size = objective.size(comparisons, contrast)
-    return objective.loss(scores, comparisons, pair_numbers(comparisons), contrast=contrast, denominator=size).item()
+class Given(torch.nn.Module):
+    """A reward model that gives these scores, whatever it reads."""
+
+    def __init__(self, scores: torch.Tensor) -> None:
+        super().__init__()
+        self.scores = torch.nn.Parameter(scores)
+
+
+def loss_of(
+    patch: pytest.MonkeyPatch,
+    comparisons: list[Comparison],
+    scores: torch.Tensor,
+    *,
+    contrast: float = 0.0,
+    max_tokens: int = 10_000,
+    **settings: object,
+) -> tuple[float, torch.Tensor]:
+    """The loss of `train_reward.train_step` on these comparisons and scores, and its gradient."""
+    counts = [len(c.examples) for c in comparisons]
+    places = {id(c): part for c, part in zip(comparisons, torch.arange(len(scores)).split(counts), strict=True)}
+    model, order = Given(scores), iter(())
+
+    def micro_batches(batch: list[Comparison], limit: int) -> Iterator[tuple[list[Comparison], PairBatch]]:
+        nonlocal order
+        parts = list(pair_micro_batches(batch, limit))
+        order = iter([torch.cat([places[id(c)] for c in members]) for members, _ in parts])
+        yield from parts
+
+    patch.setattr(train_reward.comparisons, "pair_micro_batches", micro_batches)
+    patch.setattr(train_reward, "response_scores", lambda model, _: model.scores[next(order)])
+    config = train_reward.Config(**settings, max_grad_norm=1e9)
+    state = train_reward.State(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    metrics = train_reward.train_step(
+        state, comparisons, config, torch.device("cpu"), max_tokens=max_tokens, contrast=contrast
+    )
+    return metrics["loss"].item(), model.scores.grad
 
 
 def scores_of(*values: float) -> torch.Tensor:
@@ -70,22 +109,23 @@ def test_a_strict_order_keeps_the_first_of_equals() -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- losses
-def test_pairs_by_hand() -> None:
+def test_pairs_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     comparisons, scores = [encode([0, 1, 2]), encode([1, 0])], scores_of(1.0, 0.5, -1.0, 0.2, 0.3)
     four = [loses(1.0, 0.5), loses(1.0, -1.0), loses(0.5, -1.0), loses(0.3, 0.2)]
-    assert loss_of(Objective(), comparisons, scores) == pytest.approx(sum(four) / 4)
+    assert loss_of(monkeypatch, comparisons, scores)[0] == pytest.approx(sum(four) / 4)
     best = [four[0], four[1], four[3]]
-    assert loss_of(Objective("best-against-rest"), comparisons, scores) == pytest.approx(sum(best) / 3)
+    comparisons = [best_against_rest(c) for c in comparisons]
+    assert loss_of(monkeypatch, comparisons, scores)[0] == pytest.approx(sum(best) / 3)
 
 
-def test_ties_that_count_half_by_hand() -> None:
+def test_ties_that_count_half_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     comparisons, scores = [encode([0, 1, 1], ties=True)], scores_of(1.0, 0.5, -1.0)
     tie = 0.5 * loses(0.5, -1.0) + 0.5 * loses(-1.0, 0.5)
     expected = (loses(1.0, 0.5) + loses(1.0, -1.0) + tie) / 3
-    assert loss_of(Objective(ties="half"), comparisons, scores) == pytest.approx(expected)
+    assert loss_of(monkeypatch, comparisons, scores, ties="half")[0] == pytest.approx(expected)
 
 
-def test_davidson_by_hand() -> None:
+def test_davidson_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     comparisons, scores, nu = [encode([0, 1, 1], ties=True)], scores_of(1.0, 0.5, -1.0), 0.7
 
     def probability(a: float, b: float, what: str) -> float:
@@ -93,15 +133,14 @@ def test_davidson_by_hand() -> None:
         return {"first": first, "tie": tie}[what] / (first + second + tie)
 
     likelihood = probability(1.0, 0.5, "first") * probability(1.0, -1.0, "first") * probability(0.5, -1.0, "tie")
-    found = loss_of(Objective(ties="davidson", nu=nu), comparisons, scores)
+    found = loss_of(monkeypatch, comparisons, scores, ties="davidson", davidson_nu=nu)[0]
     assert found == pytest.approx(-math.log(likelihood) / 3)
-    assert loss_of(Objective(ties="davidson"), [encode([0, 1])], scores_of(0.0, 0.0)) == pytest.approx(math.log(3))
-    assert loss_of(Objective(ties="davidson"), [encode([0, 0], ties=True)], scores_of(0.0, 0.0)) == pytest.approx(
-        math.log(3)
-    )
+    for one in (encode([0, 1]), encode([0, 0], ties=True)):
+        equal = loss_of(monkeypatch, [one], scores_of(0.0, 0.0), ties="davidson")[0]
+        assert equal == pytest.approx(math.log(3))
 
 
-def test_plackett_luce_by_hand() -> None:
+def test_plackett_luce_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rankings of three and one of two: P(order) by choosing one after the other; a tie leaves the first alone."""
     comparisons = [encode([0, 1, 2]), encode([1, 0]), encode([2, 1, 0]), encode([0, 1, 1])]
     values = [(1.0, 0.5, -1.0), (0.2, 0.3), (0.0, 2.0, 1.0), (0.4, 0.1, 9.0)]
@@ -110,33 +149,32 @@ def test_plackett_luce_by_hand() -> None:
     for own, order in zip(values, orders, strict=True):
         for n, best in enumerate(order[:-1]):
             total -= math.log(math.exp(own[best]) / sum(math.exp(own[i]) for i in order[n:]))
-    found = loss_of(Objective("plackett-luce"), comparisons, scores_of(*itertools.chain(*values)))
+    scores = scores_of(*itertools.chain(*values))
+    found = loss_of(monkeypatch, comparisons, scores, objective="plackett-luce")[0]
     assert found == pytest.approx(total / 4)
 
 
 OBJECTIVES = [
-    Objective(),
-    Objective("best-against-rest"),
-    Objective("plackett-luce"),
-    Objective(ties="half"),
-    Objective(ties="davidson", nu=0.5),
+    {},
+    {"objective": "best-against-rest"},
+    {"objective": "plackett-luce"},
+    {"ties": "half"},
+    {"ties": "davidson", "davidson_nu": 0.5},
 ]
 
 
-@pytest.mark.parametrize("objective", OBJECTIVES, ids=str)
-def test_parts_of_a_batch_add_up(objective: Objective) -> None:
-    ties = objective.ties != "drop"
-    comparisons = objective.prepare([encode(r, ties=ties) for r in ([0, 1, 2], [1, 0], [0, 0, 1, 2], [2, 0, 1])])
+@pytest.mark.parametrize("settings", OBJECTIVES, ids=str)
+def test_parts_of_a_batch_add_up(settings: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One comparison a micro-batch or all at once: the same loss and the same gradient."""
+    rankings = [encode(r, ties="ties" in settings) for r in ([0, 1, 2], [1, 0], [0, 0, 1, 2], [2, 0, 1])]
+    if settings.get("objective") == "best-against-rest":
+        rankings = [best_against_rest(c) for c in rankings]
     scores = torch.randn(12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    size = objective.size(comparisons, 0.0)
-    parts, start = [], 0
-    for part in (comparisons[:1], comparisons[1:]):
-        count = sum(len(c.examples) for c in part)
-        own = scores[start : start + count]
-        parts.append(objective.loss(own, part, pair_numbers(part), contrast=0.0, denominator=size))
-        start += count
-    whole = objective.loss(scores, comparisons, pair_numbers(comparisons), contrast=0.0, denominator=size)
-    torch.testing.assert_close(torch.stack(parts).sum(), whole)
+    (one, gradient), (whole, expected) = (
+        loss_of(monkeypatch, rankings, scores, max_tokens=limit, **settings) for limit in (1, 10_000)
+    )
+    assert one == pytest.approx(whole, rel=1e-12) and expected.abs().max() > 0.01
+    torch.testing.assert_close(gradient, expected)
 
 
 def test_a_pairs_own_weight_and_its_contrast_multiply() -> None:
@@ -146,16 +184,16 @@ def test_a_pairs_own_weight_and_its_contrast_multiply() -> None:
 
 
 @pytest.mark.parametrize(
-    "objective, contrast, words",
+    "settings, words",
     [
-        (Objective("plackett-luce", "half"), 0.0, "--ties half: Plackett-Luce has no place for ties"),
-        (Objective("plackett-luce"), 1.0, "--objective plackett-luce: has no weights of pairs; use it with --contrast"),
-        (Objective(ties="davidson"), 1.0, "--ties davidson: has no weights of pairs"),
+        ({"objective": "plackett-luce", "ties": "half"}, "--ties half: Plackett-Luce has no place for ties"),
+        ({"objective": "plackett-luce", "contrast": 1.0}, "--objective plackett-luce: has no weights of pairs; use it"),
+        ({"ties": "davidson", "contrast": 1.0}, "--ties davidson: has no weights of pairs"),
     ],
 )
-def test_settings_that_contradict_each_other(objective: Objective, contrast: float, words: str) -> None:
+def test_settings_that_contradict_each_other(settings: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
-        objective.check(contrast)
+        train_reward.check_settings(train_reward.Config(**{"contrast": 0.0, **settings}))
 
 
 # ----------------------------------------------------------------------------------------------------------- the script
@@ -177,11 +215,7 @@ def test_the_script_trains_with_every_objective(settings: dict, tmp_path: Path, 
     calls = tiny.spy(monkeypatch, train_reward, "train_step")
     config = replace(tiny.reward_config(run), comparisons=str(run / "rankings.jsonl"), contrast=0.0, epochs=1.0)
     RewardModel.from_pretrained(train_reward.main(replace(config, **settings)))
-    objective = calls[0].arguments["objective"]
-    assert objective == Objective(
-        settings.get("objective", "pairs"), settings.get("ties", "drop"), settings.get("davidson_nu", 1.0)
-    )
-    halves = [w for call in calls for c in call.arguments["comparisons"] for w in c.weights if w == 0.5]
+    halves = [w for call in calls for c in call.arguments["batch"] for w in c.weights if w == 0.5]
     assert bool(halves) == ("ties" in settings)
 
 

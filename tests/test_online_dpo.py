@@ -28,7 +28,7 @@ from torch import Tensor
 import train_dpo
 from minirlhf import data, distributed, online_dpo, rollout
 from minirlhf.batch import Example, pad
-from minirlhf.comparisons import Comparison
+from minirlhf.comparisons import Comparison, ReferencedComparison, with_reference
 from minirlhf.config import run_script
 from minirlhf.encode import encode_comparison
 from minirlhf.hf import folder
@@ -70,7 +70,7 @@ def rollout_of(groups: list[int], answers: list[list[int]], scores: list[float])
     return Rollout(batch.tokens, batch.prompt_lengths, batch.lengths, **known)
 
 
-def orders(found: list[train_dpo.ReferencedComparison]) -> list[tuple[list[int], list[int], list[int]]]:
+def orders(found: list[ReferencedComparison]) -> list[tuple[list[int], list[int], list[int]]]:
     """(prompt, better, worse) of each comparison."""
     for c in found:
         assert len(c.pairs) == 1 and c.weights == []
@@ -155,23 +155,23 @@ def test_the_pairs_of_a_run_are_two_answers_of_the_policy_in_the_order_of_their_
 
 
 # ------------------------------------------------------------------------------------------------------------- the loss
-def comparisons(run: Path) -> list[train_dpo.ReferencedComparison]:
+def comparisons(run: Path) -> list[ReferencedComparison]:
     """Pairs from the run's own rankings, with log-probabilities of a reference that the policy has left."""
     records = data.load(tiny.finished_run() / "feedback" / "rankings.jsonl", "pairs")
     every = [encode_comparison(tiny.ENCODING, record, max_length=96) for record in records]
     pairs = [Comparison(list(c.examples), c.pairs[:1]) for c in every if c is not None]
-    return train_dpo.with_reference(policy_of(tiny.finished_run(), "dpo"), pairs, CPU, max_tokens=1000)
+    return with_reference(policy_of(tiny.finished_run(), "dpo"), pairs, CPU, max_tokens=1000)
 
 
 def test_a_step_is_the_step_of_train_dpo_on_the_same_pairs(run: Path) -> None:
     """Bit for bit, loss, measurements and weights; at temperature 1, which is train_dpo's."""
-    settings = {"beta": 0.7, "max_grad_norm": 0.5, "micro_batch_tokens": 100, "learning_rate": 1e-2}
+    settings = {"beta": 0.7, "max_grad_norm": 0.5, "learning_rate": 1e-2}
     results = []
     for module, arguments in ((train_dpo, {}), (online_dpo, {"temperature": 1.0})):
         policy = policy_of(run)
         state = module.State(policy, adamw(policy, learning_rate=1e-2))
         config = module.Config(**settings, **arguments)
-        results.append((module.train_step(state, comparisons(run), config, CPU), tiny.weights(policy)))
+        results.append((module.train_step(state, comparisons(run), config, CPU, max_tokens=1000), tiny.weights(policy)))
     (theirs, expected), (ours, weights) = results
     assert ours == theirs and tiny.equal(weights, expected)
 
@@ -193,7 +193,9 @@ def test_each_loss_at_the_temperature_of_sampling(name: str, run: Path) -> None:
         expected.append(LOSSES[name](ratios[0] - ratios[1], 0.7))
         correct += ratios[0] > ratios[1]
     config = replace(tiny.online_dpo_config(run), loss=name, beta=0.7, temperature=0.6)
-    metrics = online_dpo.train_step(online_dpo.State(policy, adamw(policy, learning_rate=0.0)), pairs, config, CPU)
+    metrics = online_dpo.train_step(
+        online_dpo.State(policy, adamw(policy, learning_rate=0.0)), pairs, config, CPU, max_tokens=1000
+    )
     assert metrics["loss"].item() == pytest.approx(sum(expected) / len(expected), rel=1e-5)
     assert metrics["accuracy"].item() == pytest.approx(correct / len(pairs))
 
@@ -203,8 +205,8 @@ def test_micro_batches_change_nothing(run: Path) -> None:
     for tokens in (1, 100_000):
         policy = policy_of(run).double()
         state = online_dpo.State(policy, adamw(policy, learning_rate=1e-2))
-        config = replace(tiny.online_dpo_config(run), micro_batch_tokens=tokens)
-        found.append((online_dpo.update(state, comparisons(run), config, CPU), tiny.weights(policy)))
+        config = tiny.online_dpo_config(run)
+        found.append((online_dpo.update(state, comparisons(run), config, CPU, max_tokens=tokens), tiny.weights(policy)))
     (one, weights), (other, expected) = found
     assert one["optimizer_steps"] == other["optimizer_steps"] == 4  # 2 epochs of 2 minibatches
     for key, weight in weights.items():
@@ -217,11 +219,13 @@ def test_every_pair_is_in_one_minibatch_of_each_epoch(run: Path, monkeypatch: py
     policy, pairs = policy_of(run), comparisons(run)[:5]
     state = online_dpo.State(policy, adamw(policy, learning_rate=0.0))
     config = replace(tiny.online_dpo_config(run), epochs=2, minibatches=3)
-    assert online_dpo.update(state, pairs, config, CPU)["optimizer_steps"] == 6
-    assert online_dpo.update(state, pairs[:1], config, CPU)["optimizer_steps"] == 2  # a minibatch without pairs is none
-    assert online_dpo.update(state, [], config, CPU) == {"optimizer_steps": 0}
+    assert online_dpo.update(state, pairs, config, CPU, max_tokens=1000)["optimizer_steps"] == 6
+    assert (
+        online_dpo.update(state, pairs[:1], config, CPU, max_tokens=1000)["optimizer_steps"] == 2
+    )  # a minibatch without pairs is none
+    assert online_dpo.update(state, [], config, CPU, max_tokens=1000) == {"optimizer_steps": 0}
     state.iteration = 1
-    online_dpo.update(state, pairs, config, CPU)
+    online_dpo.update(state, pairs, config, CPU, max_tokens=1000)
     numbers = [[pairs.index(c) for c in call.arguments["comparisons"]] for call in steps]
     assert [len(part) for part in numbers] == [2, 2, 1, 2, 2, 1, 1, 1, *[2, 2, 1] * 2]
     assert sorted(sum(numbers[:3], [])) == sorted(sum(numbers[3:6], [])) == [0, 1, 2, 3, 4]
@@ -256,7 +260,7 @@ def test_the_first_step_is_on_average_the_policy_gradient_of_the_win_rate() -> N
     (-beta * (probability @ sign @ frozen)).backward()
     expected = gradient(policy)
 
-    config = online_dpo.Config(beta=beta, max_grad_norm=1e9, micro_batch_tokens=1000)
+    config = online_dpo.Config(beta=beta, max_grad_norm=1e9)
     total = {name: torch.zeros_like(p) for name, p in policy.named_parameters()}
     ref = policy.logprobs(batch.tokens, batch.mask).detach()
     state = online_dpo.State(policy, adamw(policy, learning_rate=0.0))
@@ -267,7 +271,7 @@ def test_the_first_step_is_on_average_the_policy_gradient_of_the_win_rate() -> N
         pairs, _ = label(sampled)
         assert len(pairs) == (SCORES[i] != SCORES[j])
         if pairs:
-            online_dpo.train_step(state, pairs, config, CPU)
+            online_dpo.train_step(state, pairs, config, CPU, max_tokens=1000)
             weight = frozen[i] * frozen[j]
             total = {name: value + weight * policy.get_parameter(name).grad for name, value in total.items()}
     for name, value in expected.items():

@@ -24,7 +24,7 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import __main__ as pipeline
-from minirlhf import objective, ops, ppo, ppo_update, reward_functions
+from minirlhf import dpo, ops, ppo, reward_functions
 from minirlhf.config import run_script
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.runs import checkpoint
@@ -33,7 +33,6 @@ from minirlhf.runs.stage import Stage
 from minirlhf.runtime import DivergenceError, Interrupted, UserError, held_signals, interruptible
 
 MODULES = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "dpo": train_dpo}
-STEP_OWNERS = MODULES | {"ppo": ppo_update}  # where a stage's `train_step` is called
 NEEDS = {"sft": (), "reward": ("sft", "feedback"), "ppo": ("sft", "reward"), "dpo": ("sft", "feedback")}
 # checkpoint_every, and the calls of `train_step` at which to stop: PPO makes four in each of its three iterations.
 EVERY = {"sft": 4, "reward": 2, "ppo": 1, "dpo": 2}
@@ -44,7 +43,7 @@ CHANGES = {
     "ppo": {"kl_target": 0.5, "kl_horizon": 30.0},
     "dpo": {},
 }
-SAVING = [("sft", "save_file"), ("reward", "write_manifest"), ("ppo", "write_atomically"), ("dpo", "_sync_folder")]
+SAVING = [("sft", "save_file"), ("reward", "write_manifest"), ("ppo", "write_atomically"), ("dpo", "sync_folder")]
 
 
 class Stop(Exception):
@@ -120,7 +119,7 @@ def test_stopped_within_a_step_and_resumed_ends_with_the_same_bits(
     folder = new_run(name, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         # After the optimizer's work, so that what is saved must be the state from before it.
-        stop_at(patch, STEP_OWNERS[name], "train_step", calls, after=True)
+        stop_at(patch, MODULES[name], "train_step", calls, after=True)
         with pytest.raises(Stop):
             run(name, folder)
     done = (calls - 1) // 4 if name == "ppo" else calls - 1
@@ -151,7 +150,7 @@ def test_killed_while_saving_and_resumed_ends_with_the_same_bits(
 def test_killed_between_checkpoints_drops_the_rows_since_the_last(name: str, whole: Callable, tmp_path: Path) -> None:
     folder = new_run(name, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, STEP_OWNERS[name], "train_step", 10 if name == "ppo" else 5, after=True)
+        stop_at(patch, MODULES[name], "train_step", 10 if name == "ppo" else 5, after=True)
         patch.setattr(Stage, "_save_last", lambda self: None)
         with pytest.raises(Stop):
             run(name, folder, checkpoint_every=1 if name == "ppo" else 3)
@@ -238,7 +237,7 @@ def test_the_pipeline_skips_what_is_finished_and_resumes_the_rest(tmp_path: Path
         patch.setattr(pipeline, "report_on", lambda config: config.run)
         patch.setattr(pipeline, "fresh_folder", lambda run: run)  # the inputs are in it
         with pytest.MonkeyPatch.context() as inner:
-            stop_at(inner, ppo_update, "train_step", 6)
+            stop_at(inner, train_ppo, "train_step", 6)
             with pytest.raises(Stop):
                 pipeline.main(pipeline.Config(run=tmp_path, device="cpu"))
         assert ran == ["sft", "feedback", "reward", "ppo"]
@@ -300,7 +299,7 @@ def test_a_signal_drops_the_unfinished_step_and_saves_the_last(
     name: str, function: str, calls: int, number: int, step: int, tmp_path: Path, whole: Callable
 ) -> None:
     folder = new_run(name, tmp_path)
-    owner = (STEP_OWNERS if function == "train_step" else MODULES)[name]
+    owner = MODULES[name]
     original, seen = getattr(owner, function), []
 
     def waiting(*args: object, **kwargs: object) -> object:
@@ -360,12 +359,12 @@ def poison(patch: pytest.MonkeyPatch, name: str, value: float) -> str:
     """From the third optimizer step on, the loss of a stage is `value`; returns the tensor that is to be named."""
     module, function = {
         "sft": (train_sft, "masked_mean"),
-        "reward": (objective, "bradley_terry_loss"),
-        "dpo": (train_dpo, "dpo_loss"),
+        "reward": (train_reward, "bradley_terry_loss"),
+        "dpo": (dpo, "dpo_loss"),
         "ppo": (ppo, "policy_loss"),
     }[name]
     original, state = getattr(module, function), []
-    step = STEP_OWNERS[name].train_step
+    step = MODULES[name].train_step
 
     def counted(*args: object, **kwargs: object) -> object:
         state.append(None)
@@ -375,7 +374,7 @@ def poison(patch: pytest.MonkeyPatch, name: str, value: float) -> str:
         loss = original(*args, **kwargs)
         return loss * value if len(state) >= 3 else loss
 
-    patch.setattr(STEP_OWNERS[name], "train_step", counted)
+    patch.setattr(MODULES[name], "train_step", counted)
     patch.setattr(module, function, poisoned)
     return "policy loss" if name == "ppo" else "loss"
 

@@ -137,10 +137,10 @@ def test_functions_replace_the_reward_model_or_are_added_to_it(
         "def one(prompts, responses):\n    return [1.0] * len(prompts)\n"
         "def long(prompts, responses):\n    return [len(r) for r in responses]\n"
     )
-    rollouts = tiny.spy(monkeypatch, train_ppo, "learn_from")
+    rollouts = tiny.spy(monkeypatch, train_ppo, "end_iteration")
     run = tiny.copy_of(finished, tmp_path / "alone", "sft")  # no reward model there
     (row,) = ppo(run, reward=("own_c:long", "own_c:one"))
-    alone = rollouts[-1].arguments["rollout"]
+    alone = rollouts[-1].arguments["experience"]
     lengths = torch.tensor([float(len(r)) for r in reward_functions.texts(tiny.ENCODING, alone)[1]])
     torch.testing.assert_close(alone.scores, lengths + 1)
     assert row["score"] == pytest.approx(lengths.mean().item() + 1) and "value_loss" in row
@@ -150,7 +150,7 @@ def test_functions_replace_the_reward_model_or_are_added_to_it(
     ppo(only)
     both = tiny.copy_of(finished, tmp_path / "both", "sft")
     ppo(both, reward=("own_c:long",), reward_model=reward_model)
-    model_alone, summed = (call.arguments["rollout"].scores for call in rollouts[-2:])
+    model_alone, summed = (call.arguments["experience"].scores for call in rollouts[-2:])
     torch.testing.assert_close(summed, model_alone + lengths)  # the same rollout: the same seed and policy
 
     resumed = replace(tiny.ppo_config(run), iterations=1, missing_eos_score=None, reward=("own_c:long", "own_c:one"))

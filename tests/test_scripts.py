@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -21,8 +20,9 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, ppo_update
-from minirlhf.batch import Example, batch_indices, pad
+from minirlhf import data
+from minirlhf import ppo as maths
+from minirlhf.batch import Example, batch_indices
 from minirlhf.comparisons import Comparison
 from minirlhf.encode import Record, encode_comparison, encode_prompt, split_by_prompt
 from minirlhf.files import write_records
@@ -89,8 +89,8 @@ def test_sft_takes_the_batches_of_its_seed(sft: SimpleNamespace) -> None:
         ]
         expected = [(prompt, [*response, EOS]) for prompt, response in expected]
         assert tiny.prompt_and_response(call.arguments["batch"]) == expected
-        assert call.arguments["max_grad_norm"] == sft.config.max_grad_norm
-        assert call.arguments["micro_batch_tokens"] == sft.config.micro_batch_tokens
+        assert call.arguments["config"] == sft.config
+        assert call.arguments["max_tokens"] == sft.config.micro_batch_tokens
 
 
 def test_sft_starts_from_the_model_of_its_seed(sft: SimpleNamespace) -> None:
@@ -153,7 +153,7 @@ def assert_batches_of_the_seed(steps: list[tiny.Call], train: list[Record]) -> N
     comparable = [r for r in train if pairs_of([r])]
     for step, call in enumerate(steps):
         rows = batch_indices(len(comparable), 5, seed=tiny.SEED, step=step)
-        found = [[e.response_ids for e in c.examples] for c in call.arguments["comparisons"]]
+        found = [[e.response_ids for e in c.examples] for c in pairs_in(call)]
         assert found == [comparable[i]["response_ids"] for i in rows]
 
 
@@ -166,9 +166,14 @@ def assert_linear(steps: list[tiny.Call], rows: list[dict[str, float]], total: i
         assert call.before.rates == [expected, expected]
 
 
+def pairs_in(call: tiny.Call) -> list[Comparison]:
+    """The comparisons of an optimizer step of the reward model or of DPO."""
+    return call.arguments["batch" if "batch" in call.arguments else "comparisons"]
+
+
 def records_of(call: tiny.Call, records: list[Record]) -> list[Record]:
     """The records whose comparisons a step trained on."""
-    asked = [c.examples[0].prompt_ids for c in call.arguments["comparisons"]]
+    asked = [c.examples[0].prompt_ids for c in pairs_in(call)]
     return [r for ids in asked for r in records if encode_prompt(ENCODING, r["prompt"]) == ids]
 
 
@@ -224,7 +229,7 @@ def test_reward_training_follows_its_schedule_and_the_order_of_its_seed(reward: 
     assert_batches_of_the_seed(reward.steps, train)
     assert_decays_matrices_alone(reward.steps[0].arguments["state"].optimizer, 0.02)
     for call in reward.steps:
-        assert call.arguments["max_grad_norm"] == reward.config.max_grad_norm
+        assert call.arguments["config"] == reward.config
 
 
 def test_reward_metrics_are_means_over_the_pairs_of_the_batch(reward: SimpleNamespace) -> None:
@@ -359,7 +364,7 @@ def ppo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         updates = spy(
             patch,
             train_ppo,
-            "update",
+            "train_step",
             before=lambda arguments: SimpleNamespace(
                 policy=copy.deepcopy(arguments["state"].policy),
                 rates=[
@@ -369,6 +374,7 @@ def ppo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
             ),
         )
         tiny.run_stage("ppo", run, epochs=1, minibatches=1, kl_target=0.5, kl_horizon=60.0, clip=0.1)
+    # One epoch of one minibatch: the minibatch is the whole rollout, in another order.
     return SimpleNamespace(run=run, updates=updates, rows=read_rows(run / "ppo"))
 
 
@@ -385,7 +391,7 @@ def test_both_learning_rates_of_ppo_fall_linearly_to_0(ppo: SimpleNamespace) -> 
 
 def test_ppo_metrics_are_computed_again_row_by_row(ppo: SimpleNamespace) -> None:
     for iteration, (call, row) in enumerate(zip(ppo.updates, ppo.rows, strict=True)):
-        experience, policy = call.arguments["experience"], call.before.policy
+        experience, policy = call.arguments["minibatch"], call.before.policy
         mask = experience.mask
         responses = tiny.prompt_and_response(experience)
         counts = [len(response) for _, response in responses]
@@ -421,7 +427,7 @@ def test_ppo_metrics_are_computed_again_row_by_row(ppo: SimpleNamespace) -> None
 def test_rewards_and_advantages_of_the_script_follow_its_settings(ppo: SimpleNamespace) -> None:
     """GAE as a double sum, with the adaptive beta of the iteration; whitened over the whole rollout."""
     for call, row in zip(ppo.updates, ppo.rows, strict=True):
-        e = call.arguments["experience"]
+        e = call.arguments["minibatch"]
         raw, returns = [], []
         for i in range(len(e)):
             here = e.mask[i]
@@ -459,15 +465,17 @@ def test_the_settings_of_the_advantages_reach_them(tmp_path: Path) -> None:
     run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward")
     settings = {"gamma": 0.7, "lam": 0.6, "whiten_rewards": True}
     with pytest.MonkeyPatch.context() as patch:
-        calls = spy(patch, train_ppo, "learn_from")
+        calls = spy(patch, maths, "gae")
         tiny.run_stage("ppo", run, iterations=1, **settings)
-    assert {name: calls[0].arguments[name] for name in settings} == settings
+    given = calls[0].arguments
+    assert (given["gamma"], given["lam"]) == (0.7, 0.6)
+    assert given["rewards"][given["mask"]].std(correction=0).item() == pytest.approx(1.0, abs=1e-4)
 
 
 @pytest.mark.parametrize("longest", [True, False])
 def test_the_ratio_deviation_is_the_largest_of_all_micro_batches(longest: bool, ppo: SimpleNamespace) -> None:
     """One row's old log-probabilities are lowered by log 1.5; rows go one by one, the longest first."""
-    experience = copy.deepcopy(ppo.updates[0].arguments["experience"])
+    experience = copy.deepcopy(ppo.updates[0].arguments["minibatch"])
     order = experience.lengths.argsort(descending=True, stable=True)
     row = order[0 if longest else -1]
     experience.old_logprobs[row] -= math.log(1.5) * experience.mask[row]
@@ -476,80 +484,56 @@ def test_the_ratio_deviation_is_the_largest_of_all_micro_batches(longest: bool, 
     state = train_ppo.State(
         policy, value_model, adamw(policy, learning_rate=0.0), adamw(value_model, learning_rate=0.0), None
     )
-    config = replace(tiny.ppo_config(ppo.run), micro_batch_tokens=1)
-    metrics = ppo_update.train_step(state, experience, config)
+    metrics = train_ppo.train_step(state, experience, tiny.ppo_config(ppo.run), beta=0.2, max_tokens=1)
     assert metrics["ratio_deviation"].item() == pytest.approx(0.5, abs=1e-4)
 
 
-def experience_of(rows: int) -> train_ppo.Experience:
-    """Rows that can be told apart by their score."""
-    batch = pad([Example([1], [2, 3])] * rows)
-    numbers, zeros = torch.arange(rows).float(), torch.zeros(rows, 2)
-    return train_ppo.Experience(
-        batch.tokens,
-        batch.prompt_lengths,
-        batch.lengths,
-        numbers > 0,
-        zeros,
-        zeros,
-        zeros,
-        numbers,
-        numbers,
-        zeros,
-        zeros,
-    )
+def counted_steps(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, **changes: object
+) -> tuple[list[list[int]], dict[str, float]]:
+    """The rows of each optimizer step of an iteration of ten prompts; the k-th step reports k for every metric."""
+    run = tiny.copy_of(tiny.finished_run(), folder, "sft", "reward")
+    seen: list[list[int]] = []
 
-
-def run_update(monkeypatch: pytest.MonkeyPatch, config: train_ppo.Config, iteration: int = 0) -> tuple[list, dict]:
-    """`update` with a step that only counts: its k-th call reports k for every metric."""
-    seen: list[list[float]] = []
-
-    def counting(state, minibatch, config, *, pretraining) -> dict:
-        seen.append(minibatch.scores.tolist())
+    def counting(state, minibatch, config, **more) -> dict:
+        seen.append(minibatch.groups.tolist())
         return {name: torch.tensor(float(len(seen))) for name in ("policy_loss", "approximate_kl", "ratio_deviation")}
 
-    monkeypatch.setattr(ppo_update, "train_step", counting)
-    state = train_ppo.State(None, None, None, None, None, iteration=iteration)
-    return seen, train_ppo.update(state, experience_of(10), config)
+    monkeypatch.setattr(train_ppo, "train_step", counting)
+    tiny.run_stage("ppo", run, rollout_size=10, minibatches=4, **{"iterations": 1, "epochs": 3, **changes})
+    return seen, read_rows(run / "ppo")[0]
 
 
-def test_every_row_is_visited_once_an_epoch_in_an_order_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = train_ppo.Config(epochs=3, minibatches=4, stop_kl=None, seed=1)
-    seen, metrics = run_update(monkeypatch, config)
-    assert len(seen) == 12 and {len(rows) for rows in seen} == {2, 3}
-    epochs = [sum(seen[4 * k : 4 * k + 4], []) for k in range(3)]
+def test_every_row_is_visited_once_an_epoch_in_an_order_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    seen, metrics = counted_steps(monkeypatch, tmp_path / "a", iterations=2)
+    assert len(seen) == 24 and {len(rows) for rows in seen} == {2, 3}
+    epochs = [sum(seen[4 * k : 4 * k + 4], []) for k in range(6)]
     for order in epochs:
         assert sorted(order) == list(range(10))
-    other_iteration = sum(run_update(monkeypatch, config, iteration=1)[0][:4], [])
-    other_seed = sum(run_update(monkeypatch, replace(config, seed=2))[0][:4], [])
-    orders = [*epochs, other_iteration, other_seed, list(range(10))]
+    other_seed = sum(counted_steps(monkeypatch, tmp_path / "b", seed=2)[0][:4], [])
+    orders = [*epochs, other_seed, list(range(10))]
     assert len({tuple(order) for order in orders}) == len(orders)
     assert metrics["policy_loss"] == 6.5  # the mean of 1 to 12
     assert metrics["first_ratio_deviation"] == 1 and metrics["optimizer_steps"] == 12
 
 
-def test_epochs_stop_once_the_policy_has_moved_too_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = train_ppo.Config(epochs=3, minibatches=4, stop_kl=5.0)
-    seen, metrics = run_update(monkeypatch, config)
+def test_epochs_stop_once_the_policy_has_moved_too_far(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen, metrics = counted_steps(monkeypatch, tmp_path, stop_kl=5.0)
     assert len(seen) == metrics["optimizer_steps"] == 6  # the sixth is the first above 5
     assert metrics["policy_loss"] == 3.5
 
 
-def test_scaled_rewards_keep_their_mean() -> None:
-    """With gamma = lam = 1 and values of 0, the first return of a row is the sum of its rewards."""
-    e = experience_of(4)
-    e.values = e.advantages = e.returns = torch.zeros(4, 2)
-    base = {f: getattr(e, f) for f in vars(e) if f not in ("advantages", "returns")}
-    rollout = train_ppo.Rollout(**base)
-    plain, scaled = (
-        train_ppo.learn_from(rollout, beta=0.0, gamma=1.0, lam=1.0, whiten_rewards=flag).returns
-        for flag in (False, True)
-    )
-    # Rewards are 0 and the score of each row, 0, 1, 2, 3: mean 6/8, mean square 14/8.
-    mean, deviation = 6 / 8, math.sqrt(14 / 8 - 36 / 64)
-    expected = [(score - mean) / deviation + mean - mean / deviation + mean for score in range(4)]
-    torch.testing.assert_close(plain[:, 0], torch.arange(4.0))
-    torch.testing.assert_close(scaled[:, 0], torch.tensor(expected))
+def test_scaled_rewards_keep_their_mean(tmp_path: Path) -> None:
+    """Rewards of a stage with and without the scaling: the same mean, deviation 1."""
+    run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward")
+    with pytest.MonkeyPatch.context() as patch:
+        calls = spy(patch, maths, "gae")
+        for scaled in (False, True):
+            tiny.run_stage("ppo", run, iterations=1, whiten_rewards=scaled)
+    plain, scaled = (call.arguments["rewards"][call.arguments["mask"]] for call in calls)
+    torch.testing.assert_close(scaled, (plain - plain.mean()) / plain.std(correction=0) + plain.mean())
 
 
 # ----------------------------------------------------------------------------------------------------------- all four
@@ -584,7 +568,7 @@ def test_gradients_are_clipped_to_the_limit_that_was_given(module: ModuleType, t
     run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "feedback", "reward")
     shorter = {"iterations": 1} if stage == "ppo" else {"epochs": 0.5}
     with pytest.MonkeyPatch.context() as patch:
-        clips = spy(patch, ppo_update if stage == "ppo" else module, "clip_gradients")
+        clips = spy(patch, module, "clip_gradients")
         tiny.run_stage(stage, run, max_grad_norm=1e-3, **shorter)
     assert clips[0].result > 1e-3  # the norm before
     for model in {id(call.arguments["model"]): call.arguments["model"] for call in clips}.values():

@@ -16,7 +16,15 @@ CONFIGS = [
     *(f"train_{stage}.Config" for stage in ("sft", "reward", "ppo", "dpo")),
     *(
         f"minirlhf.{module}.Config"
-        for module in ("__main__", "ablate", "comparison", "evaluate", "rejection", "data.__main__")
+        for module in (
+            "__main__",
+            "ablate",
+            "evaluate.comparison",
+            "evaluate",
+            "online_dpo",
+            "rejection",
+            "data.__main__",
+        )
     ),
     *(f"minirlhf.feedback.{module}.Config" for module in ("__main__", "candidates", "label", "pairs", "stats")),
     *(f"minirlhf.feedback.label_studio.{name}" for name in ("ExportConfig", "ImportConfig")),

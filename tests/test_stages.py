@@ -10,6 +10,7 @@ import copy
 
 import oracle
 import pytest
+import tiny
 import torch
 from torch import Tensor
 
@@ -17,9 +18,8 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import ppo_update
 from minirlhf.batch import Example, pad
-from minirlhf.comparisons import Comparison
+from minirlhf.comparisons import Comparison, with_reference
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel, ValueModel
@@ -71,7 +71,9 @@ def test_sft_steps(micro_batch_tokens: int) -> None:
         rows = [EXAMPLES[i] for i in halves(step)]
         tokens = sum(len(e.response_ids) for e in rows)
         loss = -sum(oracle.response_logprobs(p, e.prompt_ids, e.response_ids, HEADS).sum() for e in rows) / tokens
-        metrics = train_sft.train_step(state, pad(rows), micro_batch_tokens=micro_batch_tokens, max_grad_norm=0.5)
+        metrics = train_sft.train_step(
+            state, pad(rows), train_sft.Config(max_grad_norm=0.5), max_tokens=micro_batch_tokens
+        )
         torch.testing.assert_close(metrics["loss"].double(), loss.detach(), atol=1e-9, rtol=1e-9)
         adam.step(loss, learning_rate=1e-2, max_norm=0.5)
     assert_same(model, p)
@@ -104,7 +106,7 @@ def test_reward_steps(micro_batch_tokens: int, contrast: float) -> None:
             weights += [1 / d**contrast for d in differing]
         loss = sum(w * value for w, value in zip(weights, losses, strict=True)) / sum(weights)
         metrics = train_reward.train_step(
-            state, batch, device=CPU, micro_batch_tokens=micro_batch_tokens, max_grad_norm=1.0, contrast=contrast
+            state, batch, train_reward.Config(), CPU, max_tokens=micro_batch_tokens, contrast=contrast
         )
         torch.testing.assert_close(metrics["loss"].double(), loss.detach(), atol=1e-9, rtol=1e-9)
         adam.step(loss, learning_rate=1e-2, max_norm=1.0)
@@ -116,10 +118,10 @@ def test_dpo_steps(micro_batch_tokens: int) -> None:
     policy = new_gpt(2)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     p, ref = oracle.parameters_of(policy), oracle.parameters_of(reference)
-    config = train_dpo.Config(beta=0.3, label_smoothing=0.1, max_grad_norm=1.0, micro_batch_tokens=micro_batch_tokens)
+    config = train_dpo.Config(beta=0.3, label_smoothing=0.1, max_grad_norm=1.0)
     state = train_dpo.State(policy, adamw(policy, learning_rate=1e-2))
     adam = oracle.AdamW(p, eps=1e-8, weight_decay=0.0)
-    comparisons = train_dpo.with_reference(reference, COMPARISONS, CPU, max_tokens=micro_batch_tokens)
+    comparisons = with_reference(reference, COMPARISONS, CPU, max_tokens=micro_batch_tokens)
     for step in range(STEPS):
         losses = []
         for c in COMPARISONS[: 2 + step % 2]:
@@ -132,7 +134,7 @@ def test_dpo_steps(micro_batch_tokens: int) -> None:
                 h = 0.3 * (ratios[i] - ratios[j])
                 losses.append(0.9 * torch.log(1 + torch.exp(-h)) + 0.1 * torch.log(1 + torch.exp(h)))
         loss = sum(losses) / len(losses)
-        metrics = train_dpo.train_step(state, comparisons[: 2 + step % 2], config, CPU)
+        metrics = train_dpo.train_step(state, comparisons[: 2 + step % 2], config, CPU, max_tokens=micro_batch_tokens)
         if step == 0:
             torch.testing.assert_close(metrics["loss"].item(), 0.6931471805599453, atol=1e-12, rtol=0)
         torch.testing.assert_close(metrics["loss"].double(), loss.detach(), atol=1e-9, rtol=1e-9)
@@ -209,10 +211,8 @@ def test_ppo_steps(micro_batch_tokens: int) -> None:
         scores=torch.tensor(SCORES, dtype=torch.float64),
         sampling_gap=torch.zeros(len(EXAMPLES), dtype=torch.float64),
     )
-    experience = train_ppo.learn_from(rollout, beta=BETA, gamma=GAMMA, lam=LAM, whiten_rewards=False)
-    config = train_ppo.Config(
-        clip=CLIP, value_clip=0.05, temperature=TEMPERATURE, max_grad_norm=0.5, micro_batch_tokens=micro_batch_tokens
-    )
+    experience = tiny.learn_from(rollout, beta=BETA, gamma=GAMMA, lam=LAM)
+    config = train_ppo.Config(clip=CLIP, value_clip=0.05, temperature=TEMPERATURE, max_grad_norm=0.5)
     state = train_ppo.State(
         policy,
         value_model,
@@ -236,7 +236,9 @@ def test_ppo_steps(micro_batch_tokens: int) -> None:
                 near = before + (new_values[t] - before).clamp(-0.05, 0.05)
                 value_losses.append(0.5 * torch.maximum((new_values[t] - r) ** 2, (near - r) ** 2))
         loss, value_loss = sum(policy_losses) / len(policy_losses), sum(value_losses) / len(value_losses)
-        metrics = ppo_update.train_step(state, experience.rows(torch.tensor(index)), config)
+        metrics = train_ppo.train_step(
+            state, experience.rows(torch.tensor(index)), config, beta=BETA, max_tokens=micro_batch_tokens
+        )
         torch.testing.assert_close(metrics["policy_loss"].double(), loss.detach(), atol=1e-9, rtol=1e-9)
         torch.testing.assert_close(metrics["value_loss"].double(), value_loss.detach(), atol=1e-9, rtol=1e-9)
         adam.step(loss, learning_rate=1e-2, max_norm=0.5)

@@ -81,7 +81,7 @@ def test_a_stopped_run_has_the_trace_of_one_that_was_never_stopped(measured: boo
     class Stop(Exception):
         pass
 
-    def stop(state: train_ppo.State) -> None:
+    def stop(state: train_ppo.State, *_: object) -> None:
         if state.iteration == 2:
             raise Stop
 

@@ -99,11 +99,11 @@ def tensorboard(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tensorboard_goes_on_where_the_run_does(run: Path, tensorboard: None) -> None:
     step, calls = train_dpo.train_step, []
 
-    def stopping(*args: object) -> dict:
+    def stopping(*args: object, **kwargs: object) -> dict:
         calls.append(None)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return step(*args)
+        return step(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_dpo, "train_step", stopping)

@@ -181,7 +181,7 @@ def test_training_reads_what_is_written(ties: str, form: str, tmp_path: Path) ->
     with pytest.MonkeyPatch.context() as patch:
         calls = tiny.spy(patch, train_reward, "train_step")
         train_reward.main(config)
-    seen = sum(len(c.pairs) for call in calls for c in call.arguments["comparisons"])
+    seen = sum(len(c.pairs) for call in calls for c in call.arguments["batch"])
     records = data.load(output, "pairs")
     train, _ = split_by_prompt(records, share=config.validation_share, seed=config.seed)
     assert seen == sum(len(pairs_from_ranks(record["ranks"])) for record in train)

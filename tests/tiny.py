@@ -26,11 +26,13 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import online_dpo, tokenizer, world
-from minirlhf.batch import Batch
+from minirlhf import online_dpo, ops, ppo, tokenizer, world
+from minirlhf.batch import Batch, shuffled
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.files import write_records
 from minirlhf.model import GPT
+from minirlhf.rollout import Experience, Rollout
+from minirlhf.runtime import Stream
 
 ENCODING = tokenizer.load("world")
 EOS = ENCODING.eot_token
@@ -223,6 +225,26 @@ def spy(
 
     patch.setattr(module, name, watched)
     return calls
+
+
+def learn_from(rollout: Rollout, *, beta: float, gamma: float, lam: float, whiten_rewards: bool = False) -> Experience:
+    """Rewards with the KL penalty and whitened advantages by GAE, as train_ppo.py makes them."""
+    logprobs, mask = (rollout.old_logprobs, rollout.ref_logprobs), rollout.mask
+    rewards = ppo.kl_penalised_rewards(rollout.scores, *logprobs, mask, beta=beta)
+    rewards = ops.rescale(rewards, mask) if whiten_rewards else rewards
+    advantages, returns = ppo.gae(rewards, rollout.values, mask, gamma=gamma, lam=lam)
+    return Experience(**vars(rollout), advantages=ops.whiten(advantages, mask), returns=returns)
+
+
+def update(
+    state: train_ppo.State, experience: Experience, config: train_ppo.Config, *, max_tokens: int = 2048
+) -> dict[str, Any]:
+    """Epochs of minibatches over one rollout, as train_ppo.py takes them; returns what is logged."""
+    key, steps = (config.seed, Stream.MINIBATCH, state.iteration), []
+    for epoch in range(config.epochs):
+        for part in shuffled(experience, config.minibatches, *key, epoch):
+            steps.append(train_ppo.train_step(state, part, config, beta=config.beta, max_tokens=max_tokens))
+    return train_ppo.end_iteration(state, experience, steps, config, beta=config.beta)
 
 
 def learning_rates(optimizer: torch.optim.Optimizer) -> list[float]:

@@ -30,12 +30,13 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import distributed, ppo_update, reward_functions
+from minirlhf import distributed, reward_functions
 from minirlhf.batch import pad
+from minirlhf.comparisons import with_reference
 from minirlhf.config import run_script
 from minirlhf.optim import adamw
 from minirlhf.reward import ValueModel
-from minirlhf.rollout import collect
+from minirlhf.rollout import collect, rollout_metrics
 from minirlhf.runtime import UserError
 
 LIMIT = 60  # seconds for a job
@@ -48,7 +49,6 @@ PAIRS = [[0, 1], [0], [0, 1, 2], [1, 2]]
 # Of a rounding of 1e-17 Adam makes a step of 1e-17 / eps learning rates, so the default eps, 1e-8, would be too small.
 EPS = 1e-5
 MODULES = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "dpo": train_dpo}
-STEP_OWNERS = MODULES | {"ppo": ppo_update}  # where a stage's `train_step` is called
 
 
 # ------------------------------------------------------------------------------------------------ optimizer steps alone
@@ -58,7 +58,7 @@ def sft_steps(dtype: torch.dtype, learning_rate: float) -> Iterator[tuple[nn.Mod
     state = train_sft.State(model, adamw(model, learning_rate=learning_rate, eps=EPS, weight_decay=0.1))
     while True:
         batch = pad([EXAMPLES[i] for i in ROWS[state.step % 4]])
-        yield model, train_sft.train_step(state, batch, micro_batch_tokens=10, max_grad_norm=10.0)
+        yield model, train_sft.train_step(state, batch, train_sft.Config(max_grad_norm=10.0), max_tokens=10)
 
 
 def reward_steps(dtype: torch.dtype, learning_rate: float) -> Iterator[tuple[nn.Module, dict]]:
@@ -66,19 +66,19 @@ def reward_steps(dtype: torch.dtype, learning_rate: float) -> Iterator[tuple[nn.
     state = train_reward.State(model, adamw(model, learning_rate=learning_rate, eps=EPS, weight_decay=0.01))
     while True:
         batch = [COMPARISONS[i] for i in PAIRS[state.step % 4]]
-        settings = {"device": CPU, "micro_batch_tokens": 10, "max_grad_norm": 10.0, "contrast": 1.0}
-        yield model, train_reward.train_step(state, batch, **settings)
+        config = train_reward.Config(max_grad_norm=10.0)
+        yield model, train_reward.train_step(state, batch, config, CPU, max_tokens=10, contrast=1.0)
 
 
 def dpo_steps(dtype: torch.dtype, learning_rate: float) -> Iterator[tuple[nn.Module, dict]]:
     policy, reference = new_gpt(2).to(dtype), new_gpt(3).to(dtype).requires_grad_(False)
-    config = train_dpo.Config(beta=0.3, max_grad_norm=10.0, micro_batch_tokens=10)
+    config = train_dpo.Config(beta=0.3, max_grad_norm=10.0)
     state = train_dpo.State(policy, adamw(policy, learning_rate=learning_rate, eps=EPS))
-    comparisons = train_dpo.with_reference(reference, COMPARISONS, CPU, max_tokens=10)
+    comparisons = with_reference(reference, COMPARISONS, CPU, max_tokens=10)
     while True:
         batch = [comparisons[i] for i in PAIRS[state.step % 4]]
-        metrics = train_dpo.train_step(state, batch, config, CPU)
-        yield policy, metrics | train_dpo.held_out(policy, comparisons, config, CPU)
+        metrics = train_dpo.train_step(state, batch, config, CPU, max_tokens=10)
+        yield policy, metrics | train_dpo.held_out(policy, comparisons, config, CPU, max_tokens=10)
 
 
 def ppo_steps(dtype: torch.dtype, learning_rate: float) -> Iterator[tuple[nn.Module, dict]]:
@@ -87,7 +87,7 @@ def ppo_steps(dtype: torch.dtype, learning_rate: float) -> Iterator[tuple[nn.Mod
     reward_model = new_reward_model(new_gpt(6)).to(dtype)
     value_model = ValueModel.from_reward_model(new_reward_model(new_gpt(5))).to(dtype)
     both = nn.ModuleDict({"policy": policy, "value_model": value_model})
-    config = train_ppo.Config(value_clip=0.05, temperature=0.7, max_grad_norm=10.0, micro_batch_tokens=10)
+    config = train_ppo.Config(value_clip=0.05, temperature=0.7, max_grad_norm=10.0)
     adams = [adamw(m, learning_rate=learning_rate, eps=EPS) for m in (policy, value_model)]
     state = train_ppo.State(policy, value_model, *adams, None)
     prompts = [[*e.prompt_ids[:1], i] for i, e in enumerate(EXAMPLES)] + [[1]]
@@ -107,10 +107,11 @@ def ppo_steps(dtype: torch.dtype, learning_rate: float) -> Iterator[tuple[nn.Mod
             rescore=state.iteration % 2 == 1,
             max_tokens=10,
         )
-        experience = train_ppo.learn_from(rollout, beta=0.2, gamma=0.9, lam=0.8, whiten_rewards=True)
-        seen = train_ppo.rollout_metrics(rollout, experience) | {"tokens": rollout.tokens.float()}
+        experience = tiny.learn_from(rollout, beta=0.2, gamma=0.9, lam=0.8, whiten_rewards=True)
+        seen = rollout_metrics(rollout) | {"tokens": rollout.tokens.float(), "returns": experience.returns}
         for rows in ([0, 1, 2, 3], [6], [1, 2, 4, 5]):
-            yield both, seen | ppo_update.train_step(state, experience.rows(torch.tensor(rows)), config)
+            part = experience.rows(torch.tensor(rows))
+            yield both, seen | train_ppo.train_step(state, part, config, beta=0.2, max_tokens=10)
         state.iteration += 1
 
 
@@ -152,7 +153,7 @@ class Stop(Exception):
 def run(name: str, folder: Path, *, calls: int | None = None, **changes: Any) -> None:
     """A stage of `tiny`, or what it does up to and with so many calls of its `train_step`."""
     count = 0
-    step = STEP_OWNERS[name].train_step
+    step = MODULES[name].train_step
 
     def counted(*args: Any, **kwargs: Any) -> dict:
         nonlocal count
@@ -163,7 +164,7 @@ def run(name: str, folder: Path, *, calls: int | None = None, **changes: Any) ->
         return metrics
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(STEP_OWNERS[name], "train_step", counted)
+        patch.setattr(MODULES[name], "train_step", counted)
         patch.setattr(MODULES[name], "adamw", functools.partial(adamw, eps=EPS))
         tiny.run_stage(name, folder, **{"checkpoint_every": EVERY[name], **CHANGES.get(name, {}), **changes})
 
