@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 
 from minirlhf import data, tokenizer
 from minirlhf.batch import Example, batch_indices, micro_batches, pad, steps_per_epoch
-from minirlhf.comparisons import Comparison, pad_comparisons, pair_micro_batches
+from minirlhf.comparisons import Comparison, differing_tokens, pad_comparisons, pair_micro_batches
 from minirlhf.encode import (
-    differing_tokens,
     encode_comparison,
     encode_comparisons,
     encode_demonstration,

@@ -1,6 +1,9 @@
 """The house has floors, and imports point down: parsed from the source, so that nothing has to run."""
 
 import ast
+import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,32 +14,26 @@ PACKAGE = ROOT / "minirlhf"
 
 # From the ground up. What stands on one floor may import its neighbours and everything below.
 FLOORS = [
-    {"ops", "world", "attention", "kv_cache"},
-    {"ppo", "dpo", "bradley_terry", "advantages"},
-    {"processes"},
-    {"memory", "metrics", "runtime", "settings", "progress", "track", "hints", "healthy"},
-    {"bootstrap", "win_rate", "diversity", "words", "proxy"},
-    {"hub", "model_card", "ablation_report"},
-    {"hf_folder"},
+    {"ops", "world", "kv_cache", "distributed", "files"},
+    {"ppo", "dpo", "bradley_terry", "grpo"},
+    {"runtime"},
+    {"config", "tokenizer", "hf", "optim", "batch"},
     {"model"},
-    {"reward"},
-    {"optim", "ensemble"},
-    {"checkpoint"},
-    {"stage"},
-    {"data", "tokenizer"},
-    {"decoder"},
-    {"generate", "dry_run"},
-    {"rewards"},
-    {"rollout", "objective", "environment"},
-    {"experience"},
-    {"ppo_update"},
+    {"comparisons", "generate"},
+    {"encode", "reward"},
+    {"data", "runs"},
+    {"reward_functions", "rollout", "ptx"},
     {"feedback"},
-    {"judges", "comparison", "comparison_table"},
-    {"evaluate", "report", "calibration", "rejection", "chat", "dialogue", "trials", "trace"},
+    {"evaluate"},
+    {"report", "rejection", "dialogue"},
+    {"chat", "online_dpo"},
     {"train_sft", "train_reward", "train_ppo", "train_dpo"},
-    {"__main__", "ablate", "online_dpo"},
+    {"__main__"},
 ]
-MATHS = {"ops": set(), "ppo": {"ops"}, "dpo": {"ops"}, "bradley_terry": {"ops"}, "advantages": {"ops"}}
+MATHS = {"ops": set(), "ppo": {"ops"}, "dpo": {"ops"}, "bradley_terry": {"ops"}, "grpo": {"ops"}}
+# What no script needs before it is asked for: the wings behind the algorithm, and packages that take long to import.
+NOT_LOADED = {"minirlhf.world", "minirlhf.feedback", "minirlhf.evaluate", "minirlhf.report"}
+SLOW = {"datasets", "pandas", "matplotlib", "huggingface_hub", "transformers", "pyarrow"}
 
 
 def sources() -> dict[str, list[Path]]:
@@ -105,3 +102,31 @@ def test_the_world_imports_the_standard_library_and_itself():
         for full in imported(path):
             root = full.split(".")[0]
             assert root in sys.stdlib_module_names or full.startswith("minirlhf.world"), f"{path.name}: {full}"
+
+
+@pytest.mark.parametrize("script", ["train_sft", "train_reward", "train_ppo", "train_dpo"])
+def test_a_script_loads_no_judge_and_nothing_slow(script):
+    """What a static reading finds is what Python loads, too."""
+    program = f"import sys, json, {script}; print(json.dumps(sorted(sys.modules)))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
+    loaded = json.loads(run.stdout)
+    own = {name for name in loaded if name.split(".")[0] == "minirlhf" or name.startswith("train_")}
+    assert own == closure(script)
+    assert not [name for name in own if any(f"{name}.".startswith(f"{wing}.") for wing in NOT_LOADED)]
+    assert not SLOW & {name.split(".")[0] for name in loaded}
+
+
+def closure(script: str) -> set[str]:
+    """All modules of the project that a script imports, directly or not."""
+    files = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in PACKAGE.rglob("*.py")}
+    files = {name.removesuffix(".__init__"): path for name, path in files.items()}
+    files[script] = ROOT / f"{script}.py"
+    found, todo = set(), [script]
+    while todo:
+        name = todo.pop()
+        if name in files and name not in found:
+            found.add(name)
+            parts = [full.split(".") for full in imported(files[name])]
+            todo += [".".join(part[:k]) for part in parts for k in range(1, len(part) + 1)]
+    return found
