@@ -160,20 +160,21 @@ def main(config: Config) -> Path:
     state = State(policy, adamw(policy, learning_rate=config.learning_rate))
 
     with stage.begin(state, steps=total_steps, best=("validation_loss", "min")):
-        sides = []
-        while not sides:  # again where memory ran out
+        referenced: list[list[ReferencedComparison]] = []
+        while not referenced:  # again where memory ran out
             with autocast(device, dtype), stage.attempt() as max_tokens:
-                sides = [with_reference(reference, side, device, max_tokens=max_tokens) for side in (train, validation)]
-        train, validation = sides
+                both = (with_reference(reference, c, device, max_tokens=max_tokens) for c in (train, validation))
+                referenced = list(both)
+        learned, measured = referenced
         while state.step < total_steps:
             step = state.step
             factor = linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
             learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
-            batch = [train[i] for i in batch_indices(len(train), config.batch_size, seed=config.seed, step=step)]
+            batch = [learned[i] for i in batch_indices(len(train), config.batch_size, seed=config.seed, step=step)]
             with autocast(device, dtype), stage.attempt() as max_tokens:
                 metrics = train_step(state, batch, config, device, max_tokens=max_tokens)
                 if state.step % config.validation_every == 0 or state.step == total_steps:
-                    metrics |= held_out(policy, validation, config, device, max_tokens=max_tokens)
+                    metrics |= held_out(policy, measured, config, device, max_tokens=max_tokens)
                 stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=token_count(batch))
         stage.save(policy, encoding, objective="Direct preference optimisation on comparisons.")
     return stage.output

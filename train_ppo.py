@@ -275,8 +275,8 @@ def end_iteration(
     """
     deviations = [step.pop("ratio_deviation") for step in steps]
     means = {name: torch.stack([step[name].cpu() for step in steps]).mean() for name in steps[0]}
-    first = {"first_ratio_deviation": deviations[0], "optimizer_steps": len(steps)}
-    metrics = {**rollout_metrics(experience), "beta": beta, **means, **first}
+    metrics: dict[str, Tensor | float] = {**rollout_metrics(experience), "beta": beta, **means}
+    metrics |= {"first_ratio_deviation": deviations[0], "optimizer_steps": len(steps)}
     if state.value_model is not None:
         metrics["explained_variance"] = ppo.explained_variance(experience.values, experience.returns, experience.mask)
     metrics["objective"] = metrics["score"] - beta * metrics["kl"]  # what PPO maximises
@@ -343,7 +343,7 @@ Observer = Callable[[State, GPT, Reward, tiktoken.Encoding], object]
 
 def observers(config: Config, observe: Observer | None) -> Observer:
     """All that look at the run as one: `observe`, and the trace, loaded by name because PPO itself needs no judge."""
-    every = []
+    every: list[Observer] = []
     if config.trace_every:
         every.append(reward_functions.load("minirlhf.evaluate.trace:Trace", flag="--trace-every")(config))
     every += [observe] if observe else []
@@ -368,8 +368,9 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
     context, rescore = env.shapes[sources.policy].n_positions, dtype != torch.float32
     texts = ptx.pretraining_texts(config.ptx_data, env.encoding, max_length=context)
     if config.dry_run:
-        sizes, valued = {"responses": config.rollout_size, "group_size": k}, config.advantages == "gae"
-        return stage.show(sampled_plan(config, list(env.shapes.values()), env.prompts, **sizes, valued=valued))
+        shapes, responses, valued = list(env.shapes.values()), config.rollout_size, config.advantages == "gae"
+        plan = sampled_plan(config, shapes, env.prompts, responses=responses, group_size=k, valued=valued)
+        return stage.show(plan)
     policy = GPT.from_pretrained(sources.policy).to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = reward_functions.load_reward_models(sources, device)

@@ -199,7 +199,9 @@ def check_settings(config: Config) -> None:
     name = "--objective plackett-luce" if ranked else "--ties davidson"
     weighted = not ranked and config.ties != "davidson"
     require(weighted or config.contrast == 0, f"{name}: has no weights of pairs; use it with --contrast 0")
-    require(not config.patience or config.validation_every, "--patience: say with --validation-every how often")
+    require(
+        not config.patience or config.validation_every is not None, "--patience: say with --validation-every how often"
+    )
 
 
 def keep_best(state: State, loss: float) -> None:

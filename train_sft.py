@@ -162,8 +162,8 @@ def new_shape(config: Config, encoding: tiktoken.Encoding) -> GPTConfig:
     even = config.n_embd % config.n_head == 0
     require(even, f"--n-embd {config.n_embd}: must be a multiple of --n-head {config.n_head}")
     positions = config.n_positions or (96 if str(config.train) == Config.train else 512)
-    sizes = {"n_layer": config.n_layer, "n_head": config.n_head, "n_embd": config.n_embd}
-    return GPTConfig(encoding.n_vocab, positions, **sizes, eos_token_id=encoding.eot_token)
+    sizes = (encoding.n_vocab, positions, config.n_layer, config.n_head, config.n_embd)
+    return GPTConfig(*sizes, eos_token_id=encoding.eot_token)
 
 
 def main(config: Config) -> Path:

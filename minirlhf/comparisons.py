@@ -111,7 +111,10 @@ def pad_comparisons(comparisons: Sequence[Comparison]) -> PairBatch:
     width = max(c.length for c in comparisons)
     tokens, positions = np.zeros((2, len(comparisons), width), dtype=np.int64)
     segments = np.full_like(tokens, -1)
-    targets, sources, owners, ends = [], [], [], []
+    targets: list[np.ndarray] = []
+    sources: list[np.ndarray] = []
+    owners: list[np.ndarray] = []
+    ends: list[int] = []
     for row, comparison in enumerate(comparisons):
         prompt = len(comparison.prompt_ids)
         tokens[row, :prompt], positions[row, :prompt], segments[row, :prompt] = comparison.prompt_ids, range(prompt), 0
@@ -127,9 +130,16 @@ def pad_comparisons(comparisons: Sequence[Comparison]) -> PairBatch:
             owners.append(np.full(count, len(ends)))
             ends.append(at[-1])
             start += count
-    flat = [torch.from_numpy(np.concatenate(parts)) for parts in (targets, sources, owners)]
-    grid = [torch.from_numpy(array) for array in (tokens, positions, segments)]
-    return PairBatch(*grid, *flat, torch.tensor(np.array(ends)), pair_numbers(comparisons))
+    return PairBatch(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        segments=torch.from_numpy(segments),
+        targets=torch.from_numpy(np.concatenate(targets)),
+        sources=torch.from_numpy(np.concatenate(sources)),
+        owners=torch.from_numpy(np.concatenate(owners)),
+        ends=torch.tensor(np.array(ends)),
+        pairs=pair_numbers(comparisons),
+    )
 
 
 def best_against_rest(comparison: C) -> C:

@@ -80,11 +80,12 @@ TrackerName = Literal["tensorboard", "wandb"]
 TokenBudget = Count | Literal["auto"]
 
 
+@dataclass(eq=False)
 class Settings:
     """Base of every configuration: raises UserError that names the flag where a value is not one its field allows."""
 
     def __post_init__(self) -> None:
-        for name, allowed in field_ranges(type(self)).items():
+        for name, allowed in field_ranges(self.__class__).items():
             value = getattr(self, name)
             for part in value if isinstance(value, tuple) else (value,):
                 _check(name, part, allowed)
@@ -127,7 +128,7 @@ class TrainConfig(RunConfig):
 
 
 @dataclass
-class SamplingConfig(Settings):
+class SamplingConfig(RunConfig):
     """What every stage that samples is told: who answers what, how, and what the answers are worth."""
 
     policy: str | None = None
@@ -157,7 +158,7 @@ class SamplingConfig(Settings):
     """Of sampling and of every log-probability: policy, reference and training."""
 
 
-def _check(name: str, value: object, allowed: Range | Name) -> None:
+def _check(name: str, value: Any, allowed: Range | Name) -> None:
     if value is None or (isinstance(value, str) and isinstance(allowed, Range)) or value in allowed:
         return  # None and words such as `auto` stand beside the numbers
     infinite = isinstance(value, float) and not math.isfinite(value)

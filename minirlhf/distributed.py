@@ -145,7 +145,7 @@ def differing(text: str) -> list[int]:
     return (known != known[0]).nonzero()[:, 0].tolist()
 
 
-def _reduce(x: Tensor, op: dist.ReduceOp) -> Tensor:
+def _reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
     """Reduce `x` in place. It looks rather than waits, so that a signal ends this process here too."""
     try:
         work = dist.all_reduce(x, op, async_op=True)

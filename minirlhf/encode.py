@@ -48,7 +48,8 @@ def encode_example(
     """
     if response_ids is None:
         response_ids = encode_response(encoding, response)
-    return _join(encode_prompt(encoding, prompt), response_ids, max_length - len(response_ids))
+    room = max_length - len(response_ids)
+    return _join(encode_prompt(encoding, prompt), response_ids, room) if room >= 1 else None
 
 
 def encode_response(encoding: tiktoken.Encoding, response: str) -> list[int]:
@@ -56,9 +57,8 @@ def encode_response(encoding: tiktoken.Encoding, response: str) -> list[int]:
     return [*tokenizer.encode(encoding, response), encoding.eot_token]
 
 
-def _join(prompt_ids: list[int], response_ids: list[int], room: int) -> Example | None:
-    if room < 1:
-        return None
+def _join(prompt_ids: list[int], response_ids: list[int], room: int) -> Example:
+    """The example with the last `room` tokens of its prompt, at least one."""
     return Example(prompt_ids[-room:], list(response_ids), cut=max(0, len(prompt_ids) - room))
 
 

@@ -14,7 +14,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +55,7 @@ def causal(width: int) -> Tensor:
 
 
 HeadFunction = Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, ...]]
-RECOMPUTED = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws random numbers
+RECOMPUTED: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}  # nothing here draws random numbers
 MAX_LOGITS = 2**24  # elements of one (rows, V) chunk of logits in `GPT.logprobs`: 64 MB in float32
 
 

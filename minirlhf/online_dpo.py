@@ -170,8 +170,8 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     env = reward_functions.read_environment(config, sources)
     require_batch("--rollout-size", config.rollout_size, len(env.prompts))
     if config.dry_run:
-        groups = {"responses": 2 * config.rollout_size, "group_size": 2}
-        return stage.show(sampled_plan(config, list(env.shapes.values()), env.prompts, **groups))
+        responses, shapes = 2 * config.rollout_size, list(env.shapes.values())
+        return stage.show(sampled_plan(config, shapes, env.prompts, responses=responses, group_size=2))
     policy = GPT.from_pretrained(sources.policy).to(device)
     policy.gradient_checkpointing = config.gradient_checkpointing
     reference = copy.deepcopy(policy).eval().requires_grad_(False)

@@ -25,60 +25,29 @@ import numpy as np
 
 from minirlhf import reward_functions
 from minirlhf.batch import permutation
-from minirlhf.config import AtLeastTwo, Count, FolderName, NotNegative, Positive, Seed, Settings, run_script
+from minirlhf.config import AtLeastTwo, Count, FolderName, SamplingConfig, run_script
 from minirlhf.encode import Record
 from minirlhf.evaluate.evaluation import best_of_n_kl
 from minirlhf.feedback.collect import SLOTS
 from minirlhf.files import source_hash, write_records
 from minirlhf.generate import generate
 from minirlhf.model import GPT
-from minirlhf.reward import Aggregate
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runs.stage import Stage
-from minirlhf.runtime import Stream, project_file, require, require_finite, resolve_device
+from minirlhf.runtime import Stream, require, require_finite, resolve_device
 from minirlhf.tokenizer import response_text
 
 
 @dataclass
-class Config(Settings):
+class Config(SamplingConfig):
     preset: Literal["tiny"] = "tiny"
     """Set of defaults."""
-    run: Path = Path("runs/tiny")
-    """Folder of the run; this stage writes `<run>/rejection`."""
     stage: FolderName = "rejection"
     """Name of this stage's folder in the run; another name keeps an earlier result."""
-    policy: str | None = None
-    """Folder or hub name of the model that answers, by default `<run>/sft/model`."""
-    reward_model: str | None = None
-    """Folder or hub name of the reward model; by default `<run>/reward/model`, and none where `reward` is given."""
-    ensemble: tuple[str, ...] = ()
-    """Folders or hub names of further reward models, with the same tokenizer: the score is that of all together."""
-    aggregate: Aggregate = "mean"
-    """What makes one score of an ensemble's: their mean, the worst, or the mean less `variance_penalty` variances."""
-    variance_penalty: NotNegative = 1.0
-    """See `aggregate`."""
-    reward: tuple[str, ...] = ()
-    """Functions package.module:function, (prompts, responses) -> scores, that are added up; see minirlhf/rewards.py."""
-    prompts: str = str(project_file("world", "prompts.train.jsonl"))
-    """Prompts: a file of any known format, or a hub name."""
-    split: str = ""
-    """Part of `prompts`, e.g. [:100]."""
-    columns: tuple[str, ...] = ()
-    """Fields with other names, as ours=theirs: prompt=query."""
     candidates: AtLeastTwo = 8
     """Answers to each prompt, of which one is chosen."""
-    max_new_tokens: Count = 32
-    """Length limit of an answer in tokens."""
-    temperature: Positive = 1.0
-    """Of sampling."""
     micro_batch_tokens: Count = 8192
     """Padded tokens a forward pass."""
-    resume: bool = False
-    """Leave a finished stage as it is; an unfinished one starts again."""
-    seed: Seed = 0
-    """Seed of the answers and of the random choice."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
 
 
 PRESETS = {"tiny": Config()}

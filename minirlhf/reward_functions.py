@@ -1,15 +1,20 @@
-"""Rewards from any function of texts: `--reward package.module:function`, `(prompts, responses) -> scores`.
+"""The worth of a response: any function of texts, reward models, or their sum; and where prompts and rewards come from.
 
-    python train_ppo.py --reward minirlhf.rewards:arithmetic --advantages rloo --group-size 4 --prompts problems.jsonl
+    python train_ppo.py --reward minirlhf.reward_functions:arithmetic --prompts problems.jsonl --advantages rloo ...
 
-Several are added up, and added to the score of a reward model where one is named as well. A function sees a part of a
-rollout at a time, in any order, so a response's score may depend on nothing but its prompt and itself.
+`--reward package.module:function` names a function of texts; naming it runs its module. Several are added up, and added
+to the score of a reward model where one is named as well. A function sees a part of a rollout at a time, in any order, so a response's score may depend on nothing but its prompt and itself.
+
+PPO, online DPO and rejection sampling sample responses, and say with the same flags to what and for what. In the words
+of reinforcement learning this is the environment: a prompt is the state, a whole response the action, and the episode
+ends with its reward. `find_sources` and `read_environment` take names, configurations and prompts, and no weights: a
+mistake ends the run before work is lost, and `--dry-run` needs no more.
 
 The worked example is a final answer that can be checked, as in ReFT (Luong et al. 2024, arXiv 2401.08967): `arithmetic`
 works the expression in the prompt out, and `AnswerKey` looks the answer up in a file of gsm8k's form:
 
     # my_rewards.py
-    from minirlhf.rewards import AnswerKey
+    from minirlhf.reward_functions import AnswerKey
     score = AnswerKey.read("gsm8k.train.jsonl.gz")        # --reward my_rewards:score --prompts gsm8k.train.jsonl.gz
 
 Left out: partial credit for the way to the answer. The reward says what is wanted, not how to get there.
@@ -28,6 +33,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import tiktoken
 import torch
@@ -35,7 +41,7 @@ from torch import Tensor
 
 from minirlhf import data, tokenizer
 from minirlhf.batch import Batch
-from minirlhf.config import RunConfig, SamplingConfig
+from minirlhf.config import SamplingConfig
 from minirlhf.encode import encode_prompts
 from minirlhf.hf.hub import model_folder, model_or_earlier
 from minirlhf.model import GPTConfig, read_config
@@ -43,12 +49,13 @@ from minirlhf.reward import RewardEnsemble, RewardModel
 from minirlhf.runtime import UserError, require
 
 RewardFunction = Callable[[list[str], list[str]], Sequence[float]]
+Reward = Callable[[Batch], Tensor]  # (B,) scores
 
-FORM = "must be package.module:function, e.g. minirlhf.rewards:arithmetic"
+FORM = "must be package.module:function, e.g. minirlhf.reward_functions:arithmetic"
 
 
 # ------------------------------------------------------------------------------------------------- functions by name
-def load(spec: str, *, flag: str = "--reward") -> RewardFunction:
+def load(spec: str, *, flag: str = "--reward") -> Callable[..., Any]:
     """The function that `package.module:function` names; raises UserError, which names the flag, where there is none.
 
     A module of the folder that the command is run in is found too, after those that are installed.
@@ -125,86 +132,7 @@ def total(parts: Sequence[Callable[[Batch], Tensor]]) -> Callable[[Batch], Tenso
     return reward
 
 
-# ----------------------------------------------------------------------------------------------------- final answers
-FINAL = re.compile(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
-
-
-def final_answer(text: str) -> Fraction | None:
-    """The number after the last `####`, as gsm8k marks it: commas and a dollar sign do not count; None without one.
-
-    Exact, so that 3, 3.0 and 3.00 are one answer and 0.1 is not 0.10000001.
-    """
-    found = FINAL.findall(text)
-    return Fraction(found[-1].replace(",", "")) if found else None
-
-
-OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.USub: operator.neg}
-EXPRESSION = re.compile(r"-?\d+(?: *[-+*] *-?\d+)+")
-
-
-def work_out(expression: str) -> Fraction:
-    """The value of sums, differences and products of whole numbers, e.g. 3 + 4 * 5."""
-
-    def value(node: ast.AST) -> Fraction:
-        if isinstance(node, ast.Constant):
-            return Fraction(node.value)
-        if isinstance(node, ast.UnaryOp):
-            return OPERATORS[type(node.op)](value(node.operand))
-        return OPERATORS[type(node.op)](value(node.left), value(node.right))
-
-    return value(ast.parse(expression, mode="eval").body)
-
-
-def arithmetic(prompts: list[str], responses: list[str]) -> list[float]:
-    """1 where the final answer after `####` is the value of the prompt's last expression, else 0.
-
-    Raises UserError for a prompt without an expression such as 12 + 7 - 3.
-    """
-    scores = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        found = EXPRESSION.findall(prompt)
-        require(bool(found), f"no arithmetic in the prompt {prompt!r:.60}: this reward is for prompts like 12 + 7 - 3")
-        plain = re.sub(r"\b0+(?=\d)", "", found[-1])  # 007 is a number here, not a mistake
-        scores.append(float(final_answer(response) == work_out(plain)))
-    return scores
-
-
-class AnswerKey:
-    """Right or wrong by the final answers of known solutions: `key(prompts, responses)` -> 1 or 0 each.
-
-    solutions  (prompt, worked answer) pairs; one without a final answer, or two that differ, is a UserError
-    """
-
-    def __init__(self, solutions: Iterable[tuple[str, str]]) -> None:
-        self.answers: dict[str, Fraction] = {}
-        for prompt, solution in solutions:
-            answer = final_answer(solution)
-            require(answer is not None, f"a solution without `#### answer`, of the prompt {prompt!r:.60}")
-            same = self.answers.setdefault(prompt, answer) == answer
-            require(same, f"two final answers to the prompt {prompt!r:.60}: {self.answers[prompt]} and {answer}")
-
-    @classmethod
-    def read(cls, source: str, *, split: str = "") -> AnswerKey:
-        """From demonstrations, read as all stages read them, so that prompts are the same texts."""
-        return cls((r["prompt"], r["response"]) for r in data.load(source, "demonstrations", split=split))
-
-    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        for prompt in prompts:
-            known = prompt in self.answers
-            require(known, f"no known answer to the prompt {prompt!r:.60}; was it cut to fit the model?")
-        return [
-            float(final_answer(response) == self.answers[prompt])
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
-
-
-Reward = Callable[[Batch], Tensor]
-
-
-class Config(SamplingConfig, RunConfig):
-    """The settings of a stage that samples in a run."""
-
-
+# ------------------------------------------------------------------------------------------------------- environment
 @dataclass(frozen=True)
 class Sources:
     """Where models, prompts and functions come from: what a stage's result depends on beside its settings.
@@ -242,14 +170,14 @@ class Environment:
     prompts: list[list[int]]
 
 
-def find_sources(config: Config) -> Sources:
+def find_sources(config: SamplingConfig) -> Sources:
     """The sources that the settings name; raises UserError where there is no such thing."""
     policy = model_or_earlier(config.policy, "--policy", config.run / "sft" / "model")
     functions = {spec: load(spec) for spec in config.reward}
     return Sources(policy, reward_model_folders(config), functions, config.prompts)
 
 
-def reward_model_folders(config: Config) -> tuple[Path | str, ...]:
+def reward_model_folders(config: SamplingConfig) -> tuple[Path | str, ...]:
     """The reward models to score with, the run's own first; none where functions alone give the score."""
     others = tuple(map(model_folder, config.ensemble))
     if config.reward and config.reward_model is None:
@@ -257,7 +185,7 @@ def reward_model_folders(config: Config) -> tuple[Path | str, ...]:
     return (model_or_earlier(config.reward_model, "--reward-model", config.run / "reward" / "model"), *others)
 
 
-def read_environment(config: Config, sources: Sources) -> Environment:
+def read_environment(config: SamplingConfig, sources: Sources) -> Environment:
     """Encoding and prompts; raises UserError where models do not fit each other, or prompts not them."""
     texts = [r["prompt"] for r in data.load(config.prompts, "prompts", split=config.split, columns=config.columns)]
     shapes = {source: read_config(source) for source in sources.models}
@@ -281,14 +209,95 @@ def reward_function(model: RewardModel | RewardEnsemble) -> Reward:
 
 
 def reward_of(
-    config: Config,
+    config: SamplingConfig,
     members: Sequence[RewardModel],
     functions: Mapping[str, RewardFunction],
     encoding: tiktoken.Encoding,
 ) -> Reward:
     """What an answer is worth: the score of the reward models, where there are any, and of all functions, added up."""
-    parts = [FunctionReward(spec, function, encoding) for spec, function in functions.items()]
+    parts: list[Reward] = [FunctionReward(spec, function, encoding) for spec, function in functions.items()]
     if members:
         ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
         parts.insert(0, reward_function(ensemble if config.ensemble else members[0]))
     return total(parts)
+
+
+# ----------------------------------------------------------------------------------------------------- final answers
+FINAL = re.compile(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
+
+
+def final_answer(text: str) -> Fraction | None:
+    """The number after the last `####`, as gsm8k marks it: commas and a dollar sign do not count; None without one.
+
+    Exact, so that 3, 3.0 and 3.00 are one answer and 0.1 is not 0.10000001.
+    """
+    found = FINAL.findall(text)
+    return Fraction(found[-1].replace(",", "")) if found else None
+
+
+OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
+EXPRESSION = re.compile(r"-?\d+(?: *[-+*] *-?\d+)+")
+
+
+def work_out(expression: str) -> Fraction:
+    """The value of sums, differences and products of whole numbers, e.g. 3 + 4 * 5."""
+
+    def value(node: ast.AST) -> Fraction:
+        match node:
+            case ast.Constant(value=int(number)):
+                return Fraction(number)
+            case ast.UnaryOp(operand=operand):  # the one sign that EXPRESSION lets through
+                return -value(operand)
+            case ast.BinOp(left=left, op=sign, right=right):
+                return OPERATORS[type(sign)](value(left), value(right))
+        raise ValueError(f"not arithmetic: {expression}")
+
+    return value(ast.parse(expression, mode="eval").body)
+
+
+def arithmetic(prompts: list[str], responses: list[str]) -> list[float]:
+    """1 where the final answer after `####` is the value of the prompt's last expression, else 0.
+
+    Raises UserError for a prompt without an expression such as 12 + 7 - 3.
+    """
+    scores = []
+    for prompt, response in zip(prompts, responses, strict=True):
+        found = EXPRESSION.findall(prompt)
+        require(bool(found), f"no arithmetic in the prompt {prompt!r:.60}: this reward is for prompts like 12 + 7 - 3")
+        plain = re.sub(r"\b0+(?=\d)", "", found[-1])  # 007 is a number here, not a mistake
+        scores.append(float(final_answer(response) == work_out(plain)))
+    return scores
+
+
+class AnswerKey:
+    """Right or wrong by the final answers of known solutions: `key(prompts, responses)` -> 1 or 0 each.
+
+    solutions  (prompt, worked answer) pairs; one without a final answer, or two that differ, is a UserError
+    """
+
+    def __init__(self, solutions: Iterable[tuple[str, str]]) -> None:
+        self.answers: dict[str, Fraction] = {}
+        for prompt, solution in solutions:
+            answer = final_answer(solution)
+            if answer is None:
+                raise UserError(f"a solution without `#### answer`, of the prompt {prompt!r:.60}")
+            same = self.answers.setdefault(prompt, answer) == answer
+            require(same, f"two final answers to the prompt {prompt!r:.60}: {self.answers[prompt]} and {answer}")
+
+    @classmethod
+    def read(cls, source: str, *, split: str = "") -> AnswerKey:
+        """From demonstrations, read as all stages read them, so that prompts are the same texts."""
+        return cls((r["prompt"], r["response"]) for r in data.load(source, "demonstrations", split=split))
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
+        for prompt in prompts:
+            known = prompt in self.answers
+            require(known, f"no known answer to the prompt {prompt!r:.60}; was it cut to fit the model?")
+        return [
+            float(final_answer(response) == self.answers[prompt])
+            for prompt, response in zip(prompts, responses, strict=True)
+        ]

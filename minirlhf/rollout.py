@@ -43,10 +43,10 @@ class Rollout(Batch):
     values: Tensor
     scores: Tensor
     sampling_gap: Tensor
-    groups: Tensor = field(kw_only=True, default=None)
+    groups: Tensor = field(kw_only=True, default_factory=lambda: torch.empty(0))
 
     def __post_init__(self) -> None:
-        if self.groups is None:
+        if len(self.groups) != len(self):
             self.groups = torch.arange(len(self), device=self.tokens.device)
 
 
@@ -109,7 +109,8 @@ def joined(part: B, own: Sequence[int], count: int) -> B:
     def exchange(value: Tensor) -> Tensor:
         shape = (count,) if value.ndim == 1 else (count, value.shape[1] + more)
         whole = value.new_zeros(shape, dtype=torch.int64 if value.dtype == torch.bool else value.dtype)
-        whole[(index, *(slice(size) for size in value.shape[1:]))] = value[: len(index)].to(whole.dtype)
+        own_rows = whole if value.ndim == 1 else whole[:, : value.shape[1]]  # a view
+        own_rows[index] = value[: len(index)].to(whole.dtype)
         return distributed.all_sum(whole).to(value.dtype)
 
     return type(part)(**{field.name: exchange(getattr(part, field.name)) for field in fields(part)})
@@ -168,7 +169,7 @@ def collect(
         values=values,
         scores=scores,
         sampling_gap=(samples.logprobs - old_logprobs).abs().amax(dim=1),
-        groups=None if groups is None else torch.tensor(groups, device=samples.tokens.device),
+        groups=torch.tensor(range(len(prompts)) if groups is None else groups, device=samples.tokens.device),
     )
 
 

@@ -1,7 +1,7 @@
 """Does a reward model know how sure it may be? Predicted probabilities beside what people chose.
 
-    python -m minirlhf.calibration                      # the comparisons that train_reward.py held out
-    python -m minirlhf.calibration --comparisons other.jsonl --model runs/tiny/reward/model
+    python -m minirlhf.evaluate.calibration                      # the comparisons that train_reward.py held out
+    python -m minirlhf.evaluate.calibration --comparisons other.jsonl --model runs/tiny/reward/model
 
 The model predicts that the better-scored of two answers is preferred with probability sigmoid(|r_1 - r_2|), between 1/2
 and 1. In each of ten bins of that confidence this is compared with how often it was:

@@ -1,7 +1,7 @@
 """Judges by name: the embedded world, a function of texts, a reward model, or a language model that sees two answers.
 
     --judge world                       three marks and their mean, for prompts of the embedded world
-    --judge package.module:function     (prompts, responses) -> scores, as in minirlhf/rewards.py
+    --judge package.module:function     (prompts, responses) -> scores, as in minirlhf/reward_functions.py
     --judge runs/other/reward           a reward model that no stage of the models was trained on
     --judge-model runs/tiny/judge/sft   which of two answers is better (minirlhf/feedback/judge_model.py)
 

@@ -118,7 +118,7 @@ def commit_of(name: str, revision: str | None, *, kind: str, advice: str) -> str
     """
     from huggingface_hub import HfApi, constants
 
-    ask = {"model": HfApi().model_info, "dataset": HfApi().dataset_info}[kind]
+    ask: Any = HfApi().model_info if kind == "model" else HfApi().dataset_info
     seconds = constants.HF_HUB_ETAG_TIMEOUT if "HF_HUB_ETAG_TIMEOUT" in os.environ else SECONDS
     try:
         commit = _in_time(lambda: ask(name, revision=revision, timeout=seconds).sha, seconds)

@@ -170,7 +170,7 @@ def calibration(runs: Sequence[Run]) -> Html:
     title = "Calibration of the reward model"
     known = [(run.label, run.calibration) for run in runs if run.calibration.get("bins")]
     if not known:
-        return section("calibration", title, nothing("python -m minirlhf.calibration --run RUN"))
+        return section("calibration", title, nothing("python -m minirlhf.evaluate.calibration --run RUN"))
     lines = [Line("calibrated", [(0.5, 0.5), (1.0, 1.0)], colour=11, dashed=True)]
     for i, (label, found) in enumerate(known):
         points = [(b["confidence"], b["accuracy"]) for b in found["bins"]]

@@ -278,7 +278,7 @@ class Stage:
             self._close(error, reason)
         if error is None:
             distributed.barrier()  # the next stage may read what this one has written
-        elif reason is not error:
+        elif reason is not None and reason is not error:
             raise reason from error
 
     def _close(self, error: BaseException | None, reason: BaseException | None) -> None:
