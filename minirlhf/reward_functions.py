@@ -3,7 +3,8 @@
     python train_ppo.py --reward minirlhf.reward_functions:arithmetic --prompts problems.jsonl --advantages rloo ...
 
 `--reward package.module:function` names a function of texts; naming it runs its module. Several are added up, and added
-to the score of a reward model where one is named as well. A function sees a part of a rollout at a time, in any order, so a response's score may depend on nothing but its prompt and itself.
+to the score of a reward model where one is named as well. A function sees a part of a rollout at a time, in any order:
+the score of a response may depend on nothing but its prompt and itself.
 
 PPO, online DPO and rejection sampling sample responses, and say with the same flags to what and for what. In the words
 of reinforcement learning this is the environment: a prompt is the state, a whole response the action, and the episode
