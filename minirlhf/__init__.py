@@ -7,29 +7,47 @@ Face (hf/), the embedded world (world/), labels (feedback/), judging (evaluate/)
 import importlib
 import importlib.abc
 import importlib.machinery
+import importlib.util
 import sys
 
 __version__ = "0.1.0"
 
 # Modules that have moved, by their old names: `from minirlhf.rewards import AnswerKey` goes on working.
-OLD_NAMES = {"rewards": "reward_functions", "advantages": "grpo", "processes": "distributed"}
+OLD_NAMES = {
+    "rewards": "reward_functions",
+    "advantages": "grpo",
+    "processes": "distributed",
+    "settings": "config",
+    "metrics": "runs.log",
+    "calibration": "evaluate.calibration",
+    "data.fields": "data.formats",
+}
 
 
-class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module under its old name: it is the module of the new name, not a copy."""
+class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+    """Finds a module by its old name: it is the module of the new name, not a copy."""
 
     def find_spec(self, name, path=None, target=None):
-        package, _, old = name.rpartition(".")
-        known = package == __name__ and old in OLD_NAMES
+        known = name.removeprefix(f"{__name__}.") in OLD_NAMES
         return importlib.machinery.ModuleSpec(name, self) if known else None
 
+    def new_name(self, name):
+        return f"{__name__}.{OLD_NAMES[name.removeprefix(f'{__name__}.')]}"
+
     def create_module(self, spec):
-        module = importlib.import_module(f"{__name__}.{OLD_NAMES[spec.name.rpartition('.')[2]]}")
-        self.spec = module.__spec__
+        module = importlib.import_module(self.new_name(spec.name))
+        spec.loader_state = module.__spec__
         return module
 
     def exec_module(self, module):
-        module.__spec__ = self.spec  # the import has put the old name's there
+        module.__spec__ = module.__spec__.loader_state  # the import has put the old name's there
+
+    def get_code(self, name):  # for `python -m`
+        new = importlib.util.find_spec(self.new_name(name))
+        return new.loader.get_code(new.name)
+
+    def get_source(self, name):
+        return None
 
 
 sys.meta_path.append(_OldNames())

@@ -26,7 +26,7 @@ import test_commands as pages
 import tiny
 import tyro
 
-from minirlhf.metrics import read_rows
+from minirlhf.runs.log import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = Path(__file__).with_name("features.json")
