@@ -28,8 +28,11 @@ class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     """Finds a module by its old name: it is the module of the new name, not a copy."""
 
     def find_spec(self, name, path=None, target=None):
-        known = name.removeprefix(f"{__name__}.") in OLD_NAMES
-        return importlib.machinery.ModuleSpec(name, self) if known else None
+        if name.removeprefix(f"{__name__}.") not in OLD_NAMES:
+            return None
+        found = importlib.machinery.ModuleSpec(name, self, origin=importlib.util.find_spec(self.new_name(name)).origin)
+        found.has_location = True  # for `python -m`, which then knows the file
+        return found
 
     def new_name(self, name):
         return f"{__name__}.{OLD_NAMES[name.removeprefix(f'{__name__}.')]}"

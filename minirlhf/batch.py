@@ -123,9 +123,13 @@ def micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
 
 
 def own_micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
-    """The `micro_batches` of those rows that are this process's to compute; alone, of all."""
-    own = distributed.share(lengths)
-    return [own[part] for part in micro_batches(lengths[own], max_tokens)]
+    """The `micro_batches` of those rows that are this process's to compute; alone, of all.
+
+    Rows are chosen on the host, which a GPU is asked for once; the index tensors are where `lengths` is.
+    """
+    sizes = lengths.cpu()
+    own = distributed.share(sizes)
+    return [own[part].to(lengths.device) for part in micro_batches(sizes[own], max_tokens)]
 
 
 def permutation(count: int, *key: int) -> list[int]:
@@ -137,7 +141,7 @@ def shuffled(batch: B, count: int, *key: int) -> Iterator[B]:
     """The rows of a batch in `count` minibatches, in an order that depends on the key alone: every row once."""
     order = torch.tensor(permutation(len(batch), *key))
     for rows in order.tensor_split(min(count, len(order))):  # an epoch's last rollout may be small
-        yield batch.rows(rows)
+        yield batch.rows(rows.to(batch.tokens.device))
 
 
 def batch_indices(count: int, batch_size: int, *, seed: int, step: int) -> list[int]:
