@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 from tiny import ENCODING, EOS, LONGEST, PROMPTS, SEED, copy_of, equal, finished_run, run_stage, spy
 from torch import Tensor, nn
 
-from minirlhf import data, decoder, evaluate, kv_cache
+from minirlhf import calibration, evaluate, kv_cache
+from minirlhf.feedback import candidates, judge_model
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel, ValueModel
@@ -37,7 +38,7 @@ SHORT: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(autouse=True)
 def shapes_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in (decoder.COMPACT_BELOW, decoder.CHECK_EVERY, decoder.PREFILL_POSITIONS, kv_cache.BLOCK):
+    for table in (decoding.COMPACT_BELOW, decoding.CHECK_EVERY, decoding.PREFILL_POSITIONS, kv_cache.BLOCK):
         monkeypatch.setitem(table, "cpu", table["cuda"])
 
 
@@ -55,12 +56,12 @@ def on_both(function: Callable[[str], Any]) -> list[Any]:
     return found
 
 
-def on_host(batch: data.Batch) -> dict[str, Tensor]:
+def on_host(batch: Batch) -> dict[str, Tensor]:
     return vars(batch.to(torch.device("cpu")))
 
 
 def prompts() -> list[list[int]]:
-    return [data.encode_prompt(ENCODING, prompt) for prompt in PROMPTS]
+    return [encode_prompt(ENCODING, prompt) for prompt in PROMPTS]
 
 
 # ------------------------------------------------------------------------------------------------------- the product
@@ -121,9 +122,9 @@ def test_an_evaluation_on_a_gpu_is_that_of_the_cpu(tmp_path: Path) -> None:
 def test_decoding_by_captured_steps_samples_what_the_cpu_samples(
     slots: int | None, eos_id: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replays, compacted = spy(monkeypatch, Graph, "replay"), spy(monkeypatch, decoder.Decoder, "compact")
+    replays, compacted = spy(monkeypatch, Graph, "replay"), spy(monkeypatch, decoding.Decoder, "compact")
     for device in DEVICES:
-        monkeypatch.setitem(decoder.CHECK_EVERY, device, 4)
+        monkeypatch.setitem(decoding.CHECK_EVERY, device, 4)
 
     def samples(device: str) -> dict[str, Tensor]:
         model = GPT.from_pretrained(finished_run() / "sft" / "model").to(device)
@@ -138,11 +139,20 @@ def test_decoding_by_captured_steps_samples_what_the_cpu_samples(
 def test_the_rows_of_micro_batches_are_chosen_on_the_host_which_waits_once() -> None:
     lengths = [5, 3, 9, 2, 7, 4]
     with pretend_gpu() as gpu:
-        parts = data.own_micro_batches(torch.tensor(lengths, device="cuda"), 12)
+        parts = own_micro_batches(torch.tensor(lengths, device="cuda"), 12)
         assert sum(gpu.syncs.values()) == 1
         assert len(parts) > 1 and all(part.is_cuda for part in parts)
         on_the_gpu = [part.tolist() for part in parts]
-    assert on_the_gpu == [part.tolist() for part in data.own_micro_batches(torch.tensor(lengths), 12)]
+    assert on_the_gpu == [part.tolist() for part in own_micro_batches(torch.tensor(lengths), 12)]
+
+
+def test_no_command_asks_an_apple_gpu_for_float64(tmp_path: Path) -> None:
+    run = copy_of(finished_run(), tmp_path / "run", "sft", "feedback", "reward")
+    with pretend_gpu("mps"):
+        calibration.main(calibration.Config(run=run, device="mps"))
+        asked = {"prompts": str(run / "prompts.jsonl"), "max_prompts": 3, "candidates": 2, "max_new_tokens": LONGEST}
+        candidates.main(candidates.Config(run=run, device="mps", **asked))
+        judge_model.main(judge_model.Config(run=run, device="mps", model=str(run / "sft" / "model")))
 
 
 # --------------------------------------------------------------------------------------------- the pretended GPU itself

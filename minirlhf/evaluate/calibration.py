@@ -107,7 +107,7 @@ def score_pairs(
     kept = [(record, c) for record, c in zip(records, encoded, strict=True) if c is not None]
     require(len(kept) > 0, "no pair of these comparisons can be compared by this model")
     batch = pad([e for _, c in kept for e in c.examples]).to(model.score.weight.device)
-    scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), batch, max_tokens).double().cpu().numpy()
+    scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), batch, max_tokens).cpu().double().numpy()
     margins, longer, sources, start = [], [], [], 0
     for record, comparison in kept:
         names = record.get("sources", [])

@@ -195,7 +195,7 @@ def _draw(
         keys=keys,
         slots=SLOTS,
     )
-    logprobs = samples.logprobs.double().sum(dim=1).tolist()
+    logprobs = samples.logprobs.cpu().double().sum(dim=1).tolist()
     origin = {"sources": source.name, "policies": source.digest, "temperatures": source.temperature}
     return [
         {"response_ids": ids, **origin, "logprobs": round(logprob, 4)}

@@ -132,7 +132,7 @@ def first_preferred(model: GPT, rows: Sequence[tuple[Example, Example]], *, micr
     logprobs = over_micro_batches(
         lambda part: model.logprobs(part.tokens, part.mask).sum(dim=1), batch, micro_batch_tokens
     )
-    return torch.softmax(logprobs.view(-1, 2).double(), dim=1)[:, 0].tolist()
+    return torch.softmax(logprobs.view(-1, 2).cpu().double(), dim=1)[:, 0].tolist()
 
 
 def verdict_rows(model: GPT, encoding: tiktoken.Encoding, text: str) -> tuple[Example, Example]:
