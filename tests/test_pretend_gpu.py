@@ -19,7 +19,11 @@ from safetensors.torch import load_file, save_file
 from tiny import ENCODING, EOS, LONGEST, PROMPTS, SEED, copy_of, equal, finished_run, run_stage, spy
 from torch import Tensor, nn
 
-from minirlhf import calibration, evaluate, kv_cache
+from minirlhf import evaluate, kv_cache
+from minirlhf import generate as decoding
+from minirlhf.batch import Batch, own_micro_batches
+from minirlhf.encode import encode_prompt
+from minirlhf.evaluate import calibration
 from minirlhf.feedback import candidates, judge_model
 from minirlhf.generate import generate
 from minirlhf.model import GPT
