@@ -336,7 +336,7 @@ def test_no_value_model_is_built_and_the_policy_is_trained(
     states: list[train_ppo.State] = []
     run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward")
     config = replace(tiny.ppo_config(run), **SETTINGS[name])
-    train_ppo.main(config, observe=states.append)
+    train_ppo.main(config, observe=lambda state, *_: states.append(state))
     assert states[-1].value_model is None and states[-1].value_optimizer is None
     rows = read_rows(run / "ppo")
     assert len(rows) == 3 and not any("value" in key or "variance" in key for row in rows for key in row)

@@ -72,7 +72,7 @@ def ppo(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         copies = lambda arguments: copy.deepcopy((arguments["policy"], arguments["value_model"]))  # noqa: E731
         rollouts = spy(patch, train_ppo, "collect", before=copies)
         rewards = spy(patch, reward_functions, "reward_function")
-        updates = spy(patch, train_ppo, "update")
+        updates = spy(patch, train_ppo, "train_step")
         train_ppo.main(tiny.ppo_config(run))
     return SimpleNamespace(
         run=run,
@@ -267,7 +267,7 @@ def test_the_reward_model_starts_from_the_sft_trunk_with_the_head_of_its_seed(re
 
 
 def test_the_reward_model_trains_on_sampled_ids(reward: SimpleNamespace) -> None:
-    assert_trained_on_sampled_ids([c for step in reward.steps for c in step.arguments["comparisons"]], reward.records)
+    assert_trained_on_sampled_ids([c for step in reward.steps for c in step.arguments["batch"]], reward.records)
 
 
 # ---------------------------------------------------------------------------------------------------------- candidates

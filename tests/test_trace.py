@@ -52,9 +52,8 @@ def test_a_measurement_is_what_judge_and_reward_say_of_the_answers(
     reference = GPT.from_pretrained(run / "sft" / "model").eval()
     policy = GPT.from_pretrained(run / "ppo" / "model").eval()
     collected = tiny.spy(monkeypatch, trace, "collect")
-    settings = {"seed": 1, "max_new_tokens": 6, "temperature": 0.8, "max_tokens": 64}
-    shared = {"reference": reference, "reward": lambda batch: batch.lengths.float(), "encoding": tiny.ENCODING}
-    row = Trace(tmp_path, every=1, iterations=1, **shared, **settings).measure(policy)
+    config = train_ppo.Config(run=tmp_path, seed=1, max_new_tokens=6, temperature=0.8, trace_every=1)
+    row = Trace(config).measure(policy, reference, lambda batch: batch.lengths.float(), tiny.ENCODING)
 
     (rollout,) = [call.result for call in collected]
     prompts = data.load(project_file("world", "prompts.validation.jsonl"), "prompts")[:FEW]
