@@ -31,6 +31,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ours  # noqa: F401  first, because it finds the scripts where they are not installed
 import real
 import torch
 
@@ -135,12 +136,12 @@ def configurations(recipe: Recipe, run: Path, model: Path, *, batches: str, devi
 def measure(target: Callable[..., None], *arguments: object) -> dict[str, Any]:
     """Run `target` in a process of its own; returns its seconds and peak memory."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
+    mine, theirs = context.Pipe()
     process = context.Process(target=_measured, args=(theirs, target, *arguments))
     process.start()
     theirs.close()
     try:
-        result = ours.recv()
+        result = mine.recv()
     except EOFError:
         process.join()
         raise SystemExit(f"{target.__module__}: ended with status {process.exitcode}") from None

@@ -9,6 +9,7 @@ from typing import Any
 
 import workloads
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "studies"))  # for `real`, which they share
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts, where they are not installed
 
 from minirlhf.batch import Example

@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ours  # noqa: F401  first, because it finds the scripts where they are not installed
 import real
 import torch
 from torch import Tensor
@@ -153,8 +154,8 @@ def same_tokens(config: train_sft.Config) -> tuple[list[Row], list[Row]]:
     width = GPT.from_pretrained(config.model).config.n_positions
     train, held_out = (tokenise(their_tokenizer, side, width) for side in sides)
     for rows, side in zip((train, held_out), sides, strict=True):
-        ours = encode_demonstrations(encoding, side, max_length=width)
-        if [(e.prompt_ids, e.response_ids) for e in ours] != rows:
+        mine = encode_demonstrations(encoding, side, max_length=width)
+        if [(e.prompt_ids, e.response_ids) for e in mine] != rows:
             raise SystemExit(f"{config.train}: the two sides do not have the same tokens")
     return train, held_out
 
@@ -167,24 +168,24 @@ def compare(config: train_sft.Config) -> dict[str, Any]:
     initial = GPT2LMHeadModel.from_pretrained(config.model).eval()
     eos = initial.config.eos_token_id
     start = their_held_out(initial, held_out, eos)
-    ours = stage(config)
+    mine = stage(config)
     theirs = transformers_loop(config, order, train, held_out)
     saved = GPT2LMHeadModel.from_pretrained(config.run / "sft" / "model").eval()
-    differences = [abs(a - b) for a, b in zip(ours.training, theirs.training, strict=True)]
+    differences = [abs(a - b) for a, b in zip(mine.training, theirs.training, strict=True)]
     return {
         "rows": len(train),
         "rows_held_out": len(held_out),
         "tokens_held_out": sum(len(response) for _, response in held_out),
         "steps": len(steps),
         "held_out_before": start,
-        "held_out_minirlhf": ours.held_out,
+        "held_out_minirlhf": mine.held_out,
         "held_out_transformers": theirs.held_out,
-        "relative_difference": abs(ours.held_out - theirs.held_out) / theirs.held_out,
+        "relative_difference": abs(mine.held_out - theirs.held_out) / theirs.held_out,
         "held_out_minirlhf_measured_by_transformers": their_held_out(saved, held_out, eos),
-        "first_loss": [ours.training[0], theirs.training[0]],
-        "last_loss": [ours.training[-1], theirs.training[-1]],
+        "first_loss": [mine.training[0], theirs.training[0]],
+        "last_loss": [mine.training[-1], theirs.training[-1]],
         "largest_difference_of_a_training_loss": max(differences),
-        "seconds_minirlhf": round(ours.seconds, 1),
+        "seconds_minirlhf": round(mine.seconds, 1),
         "seconds_transformers": round(theirs.seconds, 1),
     }
 

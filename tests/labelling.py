@@ -14,9 +14,9 @@ from minirlhf.feedback.tasks import make_tasks
 from minirlhf.files import write_records
 
 
-def benchmark(name: str) -> ModuleType:
-    """A script of benchmarks/ as a module."""
-    path = Path(__file__).parent.parent / "benchmarks" / f"{name}.py"
+def benchmark(name: str, folder: str = "benchmarks") -> ModuleType:
+    """A script of benchmarks/ or studies/ as a module."""
+    path = Path(__file__).parent.parent / folder / f"{name}.py"
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where dataclasses look for it

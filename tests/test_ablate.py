@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import sys
 import typing
 from dataclasses import fields, replace
 from pathlib import Path
@@ -16,10 +17,13 @@ import pytest
 import tiny
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
+import ablate
+from ablate import AS_TRAINED, DETAILS
+from ablation_report import CURVES, HELD_OUT, WHOLE, changed, interval, report, table
+
 import train_ppo
-from minirlhf import ablate, ops, ppo
-from minirlhf.ablate import AS_TRAINED, DETAILS
-from minirlhf.ablation_report import CURVES, HELD_OUT, WHOLE, changed, interval, report, table
+from minirlhf import ops, ppo
 from minirlhf.evaluate.bootstrap import bootstrap_interval
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel

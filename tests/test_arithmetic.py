@@ -22,10 +22,10 @@ from minirlhf.runs.log import read_rows
 
 @pytest.fixture
 def study(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """benchmarks/arithmetic.py with small files of problems."""
-    for folder in ("benchmarks", "data"):
+    """studies/arithmetic.py with small files of problems."""
+    for folder in ("studies", "data"):
         monkeypatch.syspath_prepend(Path(__file__).parent.parent / folder)
-    module = benchmark("arithmetic")
+    module = benchmark("arithmetic", "studies")
     monkeypatch.setattr(module.make_arithmetic, "SIZES", {"demonstrations": 200, "problems": 100, "test": 50})
     yield module
     sys.modules.pop("arithmetic")
@@ -66,7 +66,7 @@ def test_what_is_counted_as_right(study: ModuleType, tmp_path: Path, monkeypatch
     GPT(shape, seed=0).save_pretrained(tmp_path)
     tokenizer.save(tiny.ENCODING, tmp_path)
     monkeypatch.setattr(study, "generate", lambda model, prompts, *, keys, **settings: keys)
-    monkeypatch.setattr(study.rewards, "texts", lambda encoding, keys: (None, [f"#### {i + k}" for _, i, k in keys]))
+    monkeypatch.setattr(study.reward_functions, "texts", lambda encoding, keys: (None, [f"#### {i + k}" for _, i, k in keys]))
     right = study.answers(tmp_path, ["0+0", "1+1", "2+1"], samples=3, temperature=1.0, seed=0)
     assert right.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
 

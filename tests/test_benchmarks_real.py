@@ -1,4 +1,4 @@
-"""The parts of the benchmarks on real data that can be wrong without a figure looking wrong: folds, linear baseline."""
+"""The parts of the studies on real data that can be wrong without a figure looking wrong: folds, linear baseline."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
 import folds
 import linear
 import paired

@@ -57,8 +57,9 @@ READ_ONLY = {  # what cannot run here: it is read up to its checks
     "124M parameters": r"--preset gpt2|runs/imdb|runs/hh|runs/tldr",
     "a server": r"--by endpoint|--page|real-endpoint",
     "a judge that was trained before": r"judge-model",
-    "a run that takes minutes": r"-m minirlhf\.ablate|runs/polite|runs/gsm8k|runs/arithmetic --",
+    "a run that takes minutes": r"studies/ablate\.py|runs/polite|runs/gsm8k|runs/arithmetic --",
 }
+WITH_SETTINGS = "studies/ablate.py"  # the one study whose flags are those of a Config, and can be read as others are
 
 REAL = r"MINIRLHF_REAL_DATA|/real-|polite-instructions|gsm8k"  # what reads data that is not part of the project
 # Labels by hand are given by the simulated people in their place, who tell apart even bad answers by their length.
@@ -178,6 +179,7 @@ def run(command: Command, patch: pytest.MonkeyPatch, *, read_only: bool) -> None
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         else:
             patch.setattr(sys, "argv", arguments)
+            patch.syspath_prepend((ROOT / arguments[0]).parent)
             runpy.run_path(str(ROOT / arguments[0]), run_name="__main__")
     except SystemExit as end:
         code = end.code or 0
@@ -188,8 +190,9 @@ def run(command: Command, patch: pytest.MonkeyPatch, *, read_only: bool) -> None
 
 
 def benchmark_flags(command: Command) -> None:
-    """A benchmark takes minutes: that it exists and knows the flags is all that is looked at."""
-    known = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "benchmarks").glob("*.py"))
+    """A benchmark or a study takes minutes: that it exists and knows the flags is all that is looked at."""
+    folder = (ROOT / command.words[1]).parent
+    known = "".join(path.read_text(encoding="utf-8") for path in folder.glob("*.py"))
     assert (ROOT / command.words[1]).is_file(), command.place
     for flag in (word.partition("=")[0] for word in command.words if word.startswith("--")):
         assert f'"{flag}"' in known, f"{command.place}: {flag}"
@@ -220,7 +223,7 @@ def test_every_command_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: p
         text = command.text
         if any(text.startswith(words) for words in ELSEWHERE):
             continue
-        if command.words[1].startswith("benchmarks/"):
+        if command.words[1].startswith(("benchmarks/", "studies/")) and command.words[1] != WITH_SETTINGS:
             benchmark_flags(command)
             continue
         if not real and re.search(REAL, text):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
 import iterate_rejection
 
 import train_sft

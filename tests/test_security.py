@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("minirlhf", "benchmarks", "data")
+FOLDERS = ("minirlhf", "studies", "benchmarks", "data")
 CALLS = {"eval", "exec", "compile", "__import__"}
 MODULES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 # Functions that unpickle unless they are told not to: only named with the argument that forbids it.

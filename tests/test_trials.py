@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
+from trials import Trial, read_result, run_trials
+
 from minirlhf.runtime import UserError
-from minirlhf.trials import Trial, read_result, run_trials
 
 
 def count(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The frontier: how far each method raises the judge's score, and what it costs in KL to the SFT model.
 
-    python benchmarks/frontier.py --runs runs/seed-0 runs/seed-1 runs/seed-2       # of `python -m minirlhf --run`
-    python benchmarks/frontier.py --runs runs/seed-0 --tune                        # settings of PPO, RLOO, GRPO tried
+    python studies/frontier.py --runs runs/seed-0 runs/seed-1 runs/seed-2       # of `python -m minirlhf --run`
+    python studies/frontier.py --runs runs/seed-0 --tune                        # settings of PPO, RLOO, GRPO tried
 
 PPO, RLOO, GRPO, DPO, online DPO, best-of-n and iterated rejection sampling, each at several strengths: beta, n, or
 rounds. All start from the run's SFT model and learn from its reward model, DPO from the rankings behind this. The RL
@@ -23,8 +23,10 @@ from typing import Any
 
 import held_out
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 from leaders import FIELDS, plot, report, rows_of, tuning_report
 from real import circumstances
+from trials import Trial, run_trials
 
 import train_dpo
 import train_ppo
@@ -32,7 +34,6 @@ import train_sft
 from minirlhf import online_dpo, rejection
 from minirlhf.evaluate import evaluation
 from minirlhf.model import GPT
-from minirlhf.trials import Trial, run_trials
 
 BETAS = (0.3, 0.1, 0.03)
 METHODS: dict[str, tuple[dict[str, Any], tuple[float, ...]]] = {  # settings, and the strengths, which are betas

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 
 from minirlhf import data
 from minirlhf.encode import Record

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import project  # noqa: F401  first: it finds the package
 import torch
 
 from minirlhf.runtime import project_file

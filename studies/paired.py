@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 import torch
 from torch import Tensor
 

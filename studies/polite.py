@@ -1,7 +1,7 @@
 """SFT, PPO and DPO on real pairs of polite and rude answers, judged by a reward model that training never met.
 
-    python benchmarks/polite.py            # about ten minutes on one busy core; goes on where it was stopped
-    python benchmarks/polite.py --smoke    # everything once, in seconds; its figures mean nothing
+    python studies/polite.py            # about ten minutes on one busy core; goes on where it was stopped
+    python studies/polite.py --smoke    # everything once, in seconds; its figures mean nothing
 
 The 890 pairs are divided by prompt into ten folds: four for training, four for the judge, two for evaluation.
 
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 import real
 import torch
 
@@ -169,7 +170,8 @@ def pair_accuracy(model: RewardModel, work: Path) -> dict[str, float]:
     encoding = tokenizer.load(work / "sft" / "model")
     records = data.load(work / "test.pairs.jsonl", "pairs")
     pairs = encode_comparisons(encoding, records, max_length=model.gpt.config.n_positions)
-    found = train_reward.held_out(model, pairs, torch.device("cpu"), max_tokens=8192)
+    config = train_reward.Config(micro_batch_tokens=8192)
+    found = train_reward.held_out(model, pairs, config, torch.device("cpu"))
     return {"share": float(found["validation_accuracy"]), "pairs": len(pairs)}
 
 

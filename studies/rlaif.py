@@ -1,6 +1,6 @@
 """AI feedback beside human feedback: a small judge learns from people, labels new prompts, and PPO learns from both.
 
-    python benchmarks/rlaif.py --run runs/tiny       # after `python -m minirlhf`; a quarter of an hour on one core
+    python studies/rlaif.py --run runs/tiny       # after `python -m minirlhf`; a quarter of an hour on one core
 
 1. The run's rankings are divided by prompt. On one half a judge learns to give verdicts: `train_sft.py` on worked
    comparisons "prompt, answer A, answer B -> verdict" made from what the simulated people said.
@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import project  # noqa: F401  first: it finds the package
 import torch
 from real import circumstances
 
@@ -30,6 +31,7 @@ import train_reward
 import train_sft
 from minirlhf import data, tokenizer
 from minirlhf.encode import split_by_prompt
+from minirlhf.evaluate import evaluation
 from minirlhf.feedback import judge_model, pairs
 from minirlhf.feedback.agreement import Share, order_bias
 from minirlhf.feedback.labels import Label, read_labels
@@ -160,11 +162,12 @@ def learn(settings: Settings, name: str, comparisons: Path) -> dict:
             device="cpu",
         )
     )
-    config = run.Config(run=run, max_prompts=settings.prompts, seed=settings.seed, device="cpu")
+    config = evaluation.Config(run=run, max_prompts=settings.prompts, seed=settings.seed, device="cpu")
     prompts = [record["prompt"] for record in data.load(config.prompts, "prompts")][: settings.prompts]
     sft, ppo = (GPT.from_pretrained(folder).eval().requires_grad_(False) for folder in (settings.sft, policy))
     model = RewardModel.from_pretrained(reward).eval().requires_grad_(False)
-    evaluator = run.Evaluator(sft, model, tokenizer.load(settings.sft), prompts, config, run.judge_parts)
+    encoding = tokenizer.load(settings.sft)
+    evaluator = evaluation.Evaluator(sft, model, encoding, prompts, config, evaluation.judge_parts)
     samples = evaluator.sample(sft, candidates=4)
     baseline = evaluator.measure(samples.rows(torch.arange(0, len(samples), 4)))
     return {

@@ -1,7 +1,7 @@
 """ReFT on small arithmetic: SFT on few worked answers, then RL on whether the final answer is right.
 
-    python benchmarks/arithmetic.py                    # three seeds; goes on where it was stopped
-    python benchmarks/arithmetic.py --smoke            # everything once, in seconds; its figures mean nothing
+    python studies/arithmetic.py                    # three seeds; goes on where it was stopped
+    python studies/arithmetic.py --smoke            # everything once, in seconds; its figures mean nothing
 
     sft        a new small GPT-2 on 350 worked answers, of which a tenth is held out, to the end of what they teach
     ppo        train_ppo.py from there on 8,000 other problems; of an answer it sees only 1 where it ends right
@@ -10,9 +10,9 @@
     rejection  SFT once more, on the worked answers and the right ones among 8 of its own to 2,000 of RL's problems
 
 Held-out problems, which are in no other file, are answered 8 times at temperature 1 (the policy that RL trains) and
-once greedily. Right is what `minirlhf.rewards.arithmetic` says, the reward itself. Intervals: 95 %, by bootstrap over
-problems. RL's settings were chosen by the score on its own problems of seed 0. Luong et al. 2024, "ReFT: Reasoning
-with Reinforced Fine-Tuning", arXiv 2401.08967. Writes <date>-arithmetic.json and .md to --out.
+once greedily. Right is what `minirlhf.reward_functions.arithmetic` says, the reward itself. Intervals: 95 %, by
+bootstrap over problems. RL's settings were chosen by the score on its own problems of seed 0. Luong et al. 2024, "ReFT:
+Reasoning with Reinforced Fine-Tuning", arXiv 2401.08967. Writes <date>-arithmetic.json and .md to --out.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 import real
 import torch
 
@@ -42,7 +43,7 @@ from minirlhf.runtime import Stream, project_file
 sys.path.insert(0, str(project_file()))
 import make_arithmetic  # a script of data/, not a module of the package
 
-REWARD = ("minirlhf.rewards:arithmetic",)
+REWARD = ("minirlhf.reward_functions:arithmetic",)
 LONGEST = 36  # tokens of an answer; the longest worked answer has 32
 SAMPLES = 8
 BATCH = 32

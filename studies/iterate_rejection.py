@@ -1,6 +1,6 @@
 """Iterated rejection sampling against its control: fine-tuning on the best of n answers, and on a random one of the n.
 
-    python benchmarks/iterate_rejection.py --runs runs/seed-0 runs/seed-1 runs/seed-2    # of `python -m minirlhf`
+    python studies/iterate_rejection.py --runs runs/seed-0 runs/seed-1 runs/seed-2    # of `python -m minirlhf`
 
 Each iteration samples n answers to every prompt from the current model, chooses one (the best by the reward model, or
 any), and fine-tunes the current model on the chosen ones; then held-out prompts are answered and judged. Fine-tuning
@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 import torch
+from trials import Trial, run_trials
 
 import train_sft
 from minirlhf import data, rejection, tokenizer
@@ -31,7 +33,6 @@ from minirlhf.evaluate import evaluation
 from minirlhf.evaluate.bootstrap import bootstrap_interval
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
-from minirlhf.trials import Trial, run_trials
 
 CHOICES = ("best", "random")
 FIELDS = (
@@ -205,7 +206,7 @@ def main() -> None:
         writer.writerows(rows)
     plot(rows, together, stem.with_suffix(".png"))
     machine = f"torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}"
-    head = f"`python benchmarks/iterate_rejection.py`, {shared}; {len(arguments.runs)} seeds; {machine}, one thread."
+    head = f"`python studies/iterate_rejection.py`, {shared}; {len(arguments.runs)} seeds; {machine}, one thread."
     text = f"# Iterated rejection sampling and its control\n\n{head}\n\n{table(rows, together)}\n"
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)

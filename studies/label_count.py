@@ -1,6 +1,6 @@
 """How many labels does a reward model need, how good must they be, and are rankings worth more than pairs?
 
-    python benchmarks/label_count.py --runs runs/seed-0 runs/seed-1 runs/seed-2     # after benchmarks/seeds.py
+    python studies/label_count.py --runs runs/seed-0 runs/seed-1 runs/seed-2     # after benchmarks/seeds.py
 
 About ten minutes a run on one core; interrupted, the same command goes on. In each run the simulated people label
 answers of its SFT model, and every set of labels trains a reward model from that SFT model: --steps optimizer steps, or
@@ -26,19 +26,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 from real import circumstances
+from trials import Trial, run_trials
 
 import train_reward
 from minirlhf import data, tokenizer
+from minirlhf.evaluate import evaluation
 from minirlhf.feedback import simulated
 from minirlhf.feedback.tasks import Mode
 from minirlhf.model import GPT
-from minirlhf.objective import Form
 from minirlhf.reward import RewardModel
-from minirlhf.trials import Trial, run_trials
 
 COUNTS, NOISES, PROMPTS = (100, 400, 1600, 6400), (0.1, 0.2, 0.3), (100, 400, 1600)
 NOISY = 1600  # labels, of which a share is reversed
@@ -56,7 +57,7 @@ class Case:
     mode: Mode = "pairs"
     pairs: int = 1
     noise: float = 0.0
-    objective: Form = "pairs"
+    objective: Literal["pairs", "plackett-luce"] = "pairs"
     contrast: float = 2.0
 
 
@@ -67,21 +68,18 @@ def cases(counts: tuple[int, ...], noises: tuple[float, ...], prompts: tuple[int
     for n in prompts:
         found.append(Case("rankings", "one pair", n, contrast=0.0))
         found.append(Case("rankings", "all pairs of a ranking", n, mode="rankings", contrast=0.0))
-        plackett_luce: Form = "plackett-luce"
-        found.append(
-            Case("rankings", "Plackett-Luce", n, mode="rankings", objective=plackett_luce, contrast=0.0),
-        )
+        found.append(Case("rankings", "Plackett-Luce", n, mode="rankings", objective="plackett-luce", contrast=0.0))
     return found
 
 
 def agreement(run: Path, reward_model: Path, prompts: int, seed: int) -> dict[str, float]:
     """How often a reward model orders four answers of the run's SFT model to held-out prompts as the judge does."""
-    config = run.Config(run=run, max_prompts=prompts, seed=seed, device="cpu")
+    config = evaluation.Config(run=run, max_prompts=prompts, seed=seed, device="cpu")
     texts = [record["prompt"] for record in data.load(config.prompts, "prompts")][:prompts]
     folder = run / "sft" / "model"
     sft = GPT.from_pretrained(folder).eval().requires_grad_(False)
     model = RewardModel.from_pretrained(reward_model).eval().requires_grad_(False)
-    evaluator = run.Evaluator(sft, model, tokenizer.load(folder), texts, config, run.judge_parts)
+    evaluator = evaluation.Evaluator(sft, model, tokenizer.load(folder), texts, config, evaluation.judge_parts)
     samples = evaluator.sample(sft, candidates=4)
     return evaluator.agreement(samples, evaluator.reward(samples), candidates=4)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 import regex
 import tiktoken
 import torch

@@ -1,13 +1,13 @@
 """Which details of PPO matter here? Each is switched off alone, over several seeds, beside the whole recipe.
 
-    python -m minirlhf.ablate                                        # the run of `python -m minirlhf`, 40 minutes
-    python -m minirlhf.ablate --details ratio-clip kl --seeds 0      # two of them and the recipe, 4 minutes
-    python -m minirlhf.ablate --runs runs/seed-0 runs/seed-1 runs/seed-2       # SFT and reward model of each seed's own
-    python -m minirlhf.ablate --minutes 60                           # the same command goes on where it stopped
+    python studies/ablate.py                                        # the run of `python -m minirlhf`, 40 minutes
+    python studies/ablate.py --details ratio-clip kl --seeds 0      # two of them and the recipe, 4 minutes
+    python studies/ablate.py --runs runs/seed-0 runs/seed-1 runs/seed-2       # SFT and reward model of each seed's own
+    python studies/ablate.py --minutes 60                           # the same command goes on where it stopped
 
 From a run come the SFT and the reward model alone. A trial is one training by PPO; every few iterations its policy
 answers held-out prompts, and the embedded world's judge marks them. Writes tables (.md), curves (.csv) and a figure.
-minirlhf/ablation_report.py says how the intervals are made; docs/ablations.md what a study showed.
+studies/ablation_report.py says how the intervals are made; docs/ablations.md what a study showed.
 The model of such a study: Engstrom et al. 2020, arXiv 2005.12729; the details: Huang et al. 2024, arXiv 2403.17031.
 """
 
@@ -23,17 +23,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import project  # noqa: F401  first: it finds the package
+from ablation_report import CURVES, HELD_OUT, WHOLE, Done, Figures, plot, report, write_csv
+from trials import Trial, run_trials
 
 import train_ppo
 from minirlhf import data, tokenizer
-from minirlhf.ablation_report import CURVES, HELD_OUT, WHOLE, Done, Figures, plot, report, write_csv
 from minirlhf.config import Count, Positive, Seed, Settings, run_script
 from minirlhf.evaluate import evaluation
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 from minirlhf.runs.log import read_rows, versions
 from minirlhf.runtime import require
-from minirlhf.trials import Trial, run_trials
 
 AS_TRAINED = "as trained"  # stands for the reward model without its normalisation, which every trial makes itself
 # What is switched off, and train_ppo.py's settings for it.
@@ -192,7 +193,7 @@ def main(config: Config) -> Done:
     if done:
         config.out.mkdir(parents=True, exist_ok=True)
         stem = config.out / f"{datetime.date.today()}-ablations"
-        facts = {"command": " ".join(["python -m minirlhf.ablate", *sys.argv[1:]]), **versions()}
+        facts = {"command": " ".join(["python studies/ablate.py", *sys.argv[1:]]), **versions()}
         facts |= {name: value for name, value in asdict(config).items() if name in ("seeds", *SMOKE, "learning_rate")}
         text = report(done, "; ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()))
         stem.with_suffix(".md").write_text(text, encoding="utf-8")

@@ -1,6 +1,6 @@
 """Reward models on real comparisons: 5-fold cross-validation against a linear model and "the longer response wins".
 
-    MINIRLHF_REAL_DATA=<folder> OMP_NUM_THREADS=1 python benchmarks/reward_cv.py
+    MINIRLHF_REAL_DATA=<folder> OMP_NUM_THREADS=1 python studies/reward_cv.py
 
 Every pair of the three kinds in preference/ is judged by models that never saw its first human turn: all pairs that
 begin with the same turn, of whatever kind, are in one fold. The score is the mean over a few reward models that
@@ -21,6 +21,7 @@ from pathlib import Path
 
 import linear
 import paired
+import project  # noqa: F401  first: it finds the package
 import real
 import tiktoken
 import torch

@@ -1,7 +1,7 @@
 """Over-optimisation: proxy and judge against the distance from the SFT model, for reward models of many kinds.
 
-    python benchmarks/overoptimise.py --runs runs/seed-0 runs/seed-1 runs/seed-2       # of `python -m minirlhf --run`
-    python benchmarks/overoptimise.py --minutes 60 ...                                 # the same command goes on
+    python studies/overoptimise.py --runs runs/seed-0 runs/seed-1 runs/seed-2       # of `python -m minirlhf --run`
+    python studies/overoptimise.py --minutes 60 ...                                 # the same command goes on
 
 From each run come the SFT model and its answers to the training prompts. The simulated people label pairs of these,
 each set of labels trains a reward model, the proxy, and this is pressed in two ways, measured on held-out prompts:
@@ -29,9 +29,11 @@ from typing import Any
 
 import held_out
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 import torch
 from curves import FIELDS, PARTS, plot, rows_of, table
 from real import circumstances
+from trials import Trial, run_trials
 
 import train_ppo
 import train_reward
@@ -39,7 +41,6 @@ from minirlhf.evaluate import evaluation
 from minirlhf.feedback import simulated
 from minirlhf.model import GPT
 from minirlhf.reward import RewardEnsemble, RewardModel
-from minirlhf.trials import Trial, run_trials
 
 SIZES = ("prompts", "samples", "reward_steps", "iterations", "every", "beta", "learning_rate")
 MEASUREMENTS = 6  # of the held-out loss while a reward model trains; the weights of the lowest are kept

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 import torch
 
 from minirlhf import data, tokenizer

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 
 from minirlhf.evaluate.bootstrap import ENDS, RESAMPLES, resampled
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import project  # noqa: F401  first: it finds the package
 import tiktoken
 import torch
 from folds import FILES, FOLDS
@@ -161,11 +162,12 @@ def train_trunk(encoding: tiktoken.Encoding, records: Sequence[Record], config: 
         return gpt
     rows = trunk_rows(encoding, records, config)
     state = train_sft.State(gpt, adamw(gpt, learning_rate=config.trunk_learning_rate, weight_decay=config.weight_decay))
+    stage = train_sft.Config(micro_batch_tokens=MICRO_BATCH_TOKENS, max_grad_norm=1.0)
     steps = round(config.trunk_epochs * steps_per_epoch(len(rows), config.batch_size))
     for step in range(steps):
         set_learning_rate(state.optimizer, config.trunk_learning_rate * linear_schedule(step, steps, warmup_steps=20))
         batch = pad([rows[i] for i in batch_indices(len(rows), config.batch_size, seed=seed, step=step)])
-        train_sft.train_step(state, batch, micro_batch_tokens=MICRO_BATCH_TOKENS, max_grad_norm=1.0)
+        train_sft.train_step(state, batch, stage)
     return gpt
 
 
@@ -184,17 +186,13 @@ def train(gpt: GPT, pairs: Sequence[Comparison], config: Config, seed: int) -> R
     model = RewardModel.from_gpt(gpt, generator=torch.Generator().manual_seed(seed))
     optimizer = adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     state, generator = train_reward.State(model, optimizer), random.Random(seed)
+    stage = train_reward.Config(micro_batch_tokens=MICRO_BATCH_TOKENS, max_grad_norm=1.0)
     steps = round(config.epochs * steps_per_epoch(len(pairs), config.batch_size))
     for step in range(steps):
         set_learning_rate(optimizer, config.learning_rate * linear_schedule(step, steps, warmup_steps=10))
         rows = batch_indices(len(pairs), config.batch_size, seed=seed, step=step)
-        train_reward.train_step(
-            state,
-            [drop_tokens(pairs[i], config.token_dropout, generator) for i in rows],
-            device=torch.device("cpu"),
-            micro_batch_tokens=MICRO_BATCH_TOKENS,
-            max_grad_norm=1.0,
-        )
+        batch = [drop_tokens(pairs[i], config.token_dropout, generator) for i in rows]
+        train_reward.train_step(state, batch, stage, torch.device("cpu"))
     return model
 
 

@@ -1,7 +1,7 @@
 """Controlled sentiment on real data: how far PPO, DPO and best-of-n move a language model, and what it costs in KL.
 
-    python benchmarks/sentiment.py            # about half an hour on one busy core; goes on where it was stopped
-    python benchmarks/sentiment.py --smoke    # everything once, in seconds; its figures mean nothing
+    python studies/sentiment.py            # about half an hour on one busy core; goes on where it was stopped
+    python studies/sentiment.py --smoke    # everything once, in seconds; its figures mean nothing
 
 The task of Ziegler et al. 2019 (arXiv 1909.08593) and Rafailov et al. 2023 (arXiv 2305.18290, section 6.1) on rated
 film reviews (Hutto and Gilbert 2014). A GPT-2 is trained on the snippets of one part. A second part gives openings of
@@ -26,6 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import project  # noqa: F401  first: it finds the package
 import real
 import torch
 from sentiment_figure import plot, table

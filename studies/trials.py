@@ -18,6 +18,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import project  # noqa: F401  first: it finds the package
+
 from minirlhf.files import write_json
 from minirlhf.runtime import require
 
