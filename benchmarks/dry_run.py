@@ -16,6 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import ours  # noqa: F401  first, because it finds the scripts where they are not installed
 import torch
 
 import train_dpo
@@ -23,6 +24,9 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf.runs import plan as planning
+from minirlhf.runs import stage
+
+CPU = torch.device("cpu")
 
 
 def cases(run: Path, own: Path) -> list[tuple[Any, dict[str, Any]]]:
@@ -45,9 +49,9 @@ def main() -> None:
     torch.set_num_threads(1)
     planning.time = SimpleNamespace(perf_counter=time.process_time)
     planned: list[float] = []
-    planning.show_plan = lambda plan, config, *, device, dtype: planned.append(
+    stage.show_plan = lambda plan, config: planned.append(
         planning.operations(plan, config)
-        / planning.matrix_rate(plan.trained[0], planning.micro_batch(plan, config, device), device, dtype)
+        / planning.matrix_rate(plan.trained[0], planning.micro_batch(plan, config, CPU), CPU, torch.float32)
     )
     with tempfile.TemporaryDirectory() as folder:
         for script, changes in cases(given.run, Path(folder)):

@@ -33,7 +33,7 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import data, tokenizer
-from minirlhf.batch import batch_indices
+from minirlhf.batch import batch_indices, micro_batches
 from minirlhf.encode import encode_comparisons, encode_demonstrations
 
 CONTEXT = 1024  # of GPT-2
@@ -62,12 +62,12 @@ def lengths_of(stage: str, preset: Any, texts: dict[str, list[Any]]) -> torch.Te
     return torch.tensor([len(e.prompt_ids) + min(len(e.response_ids), longest) for e in texts["demonstrations"]])
 
 
-def micro_batches(stage: str, preset: Any, lengths: torch.Tensor) -> Iterator[torch.Tensor]:
+def parts_of(stage: str, preset: Any, lengths: torch.Tensor) -> Iterator[torch.Tensor]:
     """The lengths of the rows of every micro-batch of an epoch; PPO's are those of its minibatches."""
     batch = preset.rollout_size // preset.minibatches if stage == "ppo" else preset.batch_size
     for step in range(len(lengths) // batch):
         own = lengths[batch_indices(len(lengths), batch, seed=0, step=step)]
-        for part in batch.micro_batches(own, preset.micro_batch_tokens):
+        for part in micro_batches(own, preset.micro_batch_tokens):
             yield own[part]
 
 
@@ -75,7 +75,7 @@ def measure(stage: str, name: str, texts: dict[str, list[Any]]) -> dict[str, Any
     """The share of padding, and micro-batches an optimizer step, of a stage and preset."""
     preset = PRESETS[stage][name]
     lengths = lengths_of(stage, preset, texts)
-    parts = list(micro_batches(stage, preset, lengths))
+    parts = list(parts_of(stage, preset, lengths))
     computed = sum(len(part) * int(part.max()) for part in parts)
     needed = sum(int(part.sum()) for part in parts)
     batch = preset.rollout_size // preset.minibatches if stage == "ppo" else preset.batch_size

@@ -22,6 +22,7 @@ import worker
 import workloads
 
 import train_dpo
+from minirlhf.comparisons import with_reference
 from minirlhf.optim import adamw
 from minirlhf.runtime import autocast
 
@@ -40,7 +41,7 @@ def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int
     def step(number: int) -> dict[str, float]:
         start = channel.now()
         with autocast(device, dtype):
-            known = train_dpo.with_reference(reference, batches[number % len(batches)], device, max_tokens=budget)
+            known = with_reference(reference, batches[number % len(batches)], device, max_tokens=budget)
             between = channel.now()
             train_dpo.train_step(state, known, config, device)
         return {"reference_s": between - start, "training_s": channel.now() - between}

@@ -24,17 +24,21 @@ import worker
 import workloads
 from torch import Tensor
 
-import train_dpo
-import train_reward
 from minirlhf import ops
 from minirlhf.batch import Example, micro_batches, pad
 from minirlhf.bradley_terry import bradley_terry_loss
-from minirlhf.comparisons import Comparison, pair_micro_batches
+from minirlhf.comparisons import (
+    Comparison,
+    ReferencedComparison,
+    pair_logprobs,
+    pair_micro_batches,
+    with_reference,
+)
 from minirlhf.dpo import dpo_loss
 from minirlhf.generate import Decoder, sample
 from minirlhf.model import GPT
 from minirlhf.optim import adamw
-from minirlhf.reward import RewardModel
+from minirlhf.reward import RewardModel, response_scores
 
 BUDGET = 2048  # of a micro-batch, as in the tiny preset
 VOCABULARY = 50257  # of sampling
@@ -49,11 +53,11 @@ def apart(comparisons: list[Comparison]) -> list[Example]:
 def dpo_ways(size: workloads.Size) -> tuple[Way, Way]:
     """A prompt shared by its two responses, against rows apart; both sorted, in micro-batches."""
     policy, comparisons = ours.model(size), ours.comparisons(size)[0]
-    known = [train_dpo.ReferencedComparison(c.examples, c.pairs, ref_seq_logprobs=[0.0, 0.0]) for c in comparisons]
+    known = [ReferencedComparison(c.examples, c.pairs, ref_seq_logprobs=[0.0, 0.0]) for c in comparisons]
 
     def shared() -> None:
         for part, pairs in pair_micro_batches(known, BUDGET):
-            four = train_dpo.pair_logprobs(policy, part, pairs)
+            four = pair_logprobs(policy, part, pairs)
             dpo_loss(*four, beta=0.1, denominator=len(known)).backward()
 
     def rows_apart() -> None:
@@ -75,7 +79,7 @@ def reward_ways(size: workloads.Size) -> tuple[Way, Way]:
 
     def shared() -> None:
         for _, pairs in pair_micro_batches(comparisons, BUDGET):
-            scores = train_reward.response_scores(model, pairs)
+            scores = response_scores(model, pairs)
             chosen, rejected = scores[pairs.chosen], scores[pairs.rejected]
             bradley_terry_loss(chosen, rejected, denominator=len(comparisons)).backward()
 
@@ -137,7 +141,7 @@ def reference_ways(size: workloads.Size) -> tuple[Way, Way]:
     comparisons = ours.comparisons(size)[0]
 
     def within_the_step() -> None:
-        train_dpo.with_reference(reference, comparisons, torch.device("cpu"), max_tokens=BUDGET)
+        with_reference(reference, comparisons, torch.device("cpu"), max_tokens=BUDGET)
         shared()
 
     return shared, within_the_step

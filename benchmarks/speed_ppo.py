@@ -3,8 +3,8 @@
     TRL_PPO_PATH=... python benchmarks/speed_ppo.py [--size 124M] [--dtype bfloat16] [--peer PYTHON]    # see speed.py
 
 generation  responses that run to their full length, with their log-probabilities
-scoring     the rest of `rollout.collect` (reference, reward and value model) and `learn_from`
-training    `update`: 4 epochs of minibatches of policy and value model, each with its optimizer
+scoring     the rest of `rollout.collect`: reference, reward and value model
+training    `train_ppo.train_step`: advantages, then 4 epochs of minibatches of policy and value model
 """
 
 from __future__ import annotations
@@ -86,10 +86,8 @@ def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int
                 rescore=dtype != torch.float32,
                 max_tokens=config.micro_batch_tokens,
             )
-            experience = train_ppo.learn_from(collected, beta=config.beta, gamma=1.0, lam=0.95, whiten_rewards=False)
             scored = channel.now()
-            train_ppo.update(state, experience, config)
-        state.iteration += 1
+            train_ppo.train_step(state, collected, config)
         between = sampled_at.pop()
         return {
             "generation_s": between - start,

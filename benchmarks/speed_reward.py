@@ -8,6 +8,7 @@ Prompts and responses have 16 to 64 tokens each (on a GPU 32 to 256), uniform.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 
 import ours
@@ -26,19 +27,15 @@ def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int
     size = workloads.size_of(given.size, given.device)
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
     model = RewardModel.from_gpt(ours.model(size), generator=torch.Generator().manual_seed(1)).to(device)
+    budget = ours.budget(train_reward.PRESETS, given.device)
+    config = dataclasses.replace(train_reward.Config(), micro_batch_tokens=budget, max_grad_norm=1.0)
     state = train_reward.State(model, adamw(model, learning_rate=ours.LEARNING_RATE))
     batches = ours.comparisons(size)
     channel.ready(worker.training_state([model]))
 
     def step(number: int) -> None:
         with autocast(device, dtype):
-            train_reward.train_step(
-                state,
-                batches[number % len(batches)],
-                device=device,
-                micro_batch_tokens=ours.budget(train_reward.PRESETS, given.device),
-                max_grad_norm=1.0,
-            )
+            train_reward.train_step(state, batches[number % len(batches)], config, device)
 
     return step
 

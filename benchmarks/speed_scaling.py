@@ -35,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 import train_dpo
 import train_sft
 from minirlhf.batch import Example, pad
+from minirlhf.comparisons import ReferencedComparison
 from minirlhf.model import GPT
 from minirlhf.optim import adamw
 
@@ -94,7 +95,8 @@ def sft_step(count: int, length: int) -> Callable[[], object]:
     state = train_sft.State(model, adamw(model, learning_rate=ours.LEARNING_RATE))
     rows = workloads.rows(SHAPE, count, length).tolist()
     batch = pad([Example(row[:1], row[1:]) for row in rows])
-    return lambda: train_sft.train_step(state, batch, micro_batch_tokens=BUDGET, max_grad_norm=1.0)
+    config = train_sft.Config(micro_batch_tokens=BUDGET, max_grad_norm=1.0)
+    return lambda: train_sft.train_step(state, batch, config)
 
 
 def dpo_step(count: int, responses: int, length: int = 32) -> Callable[[], object]:
@@ -104,9 +106,7 @@ def dpo_step(count: int, responses: int, length: int = 32) -> Callable[[], objec
     texts = workloads.rows(SHAPE, count * (responses + 1), length).reshape(count, responses + 1, length).tolist()
     pairs = [(k, k + 1) for k in range(0, responses, 2)]
     comparisons = [
-        train_dpo.ReferencedComparison(
-            [Example(prompt, answer) for answer in answers], pairs, ref_seq_logprobs=[0.0] * responses
-        )
+        ReferencedComparison([Example(prompt, answer) for answer in answers], pairs, ref_seq_logprobs=[0.0] * responses)
         for prompt, *answers in texts
     ]
     config = train_dpo.Config(micro_batch_tokens=BUDGET)

@@ -9,6 +9,7 @@ AdamW, and its checks of loss and gradient norm.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable
 
 import ours
@@ -27,6 +28,8 @@ def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int
     size = workloads.size_of(given.size, given.device)
     device, dtype = torch.device(given.device), getattr(torch, given.dtype)
     model = ours.model(size).to(device)
+    budget = ours.budget(train_sft.PRESETS, given.device)
+    config = dataclasses.replace(train_sft.Config(), micro_batch_tokens=budget, max_grad_norm=1.0)
     state = train_sft.State(model, adamw(model, learning_rate=ours.LEARNING_RATE))
     batches = [pad([Example(row[:1], row[1:]) for row in batch.tolist()]) for batch in workloads.sft_batches(size)]
     channel.ready(worker.training_state([model]))
@@ -34,9 +37,7 @@ def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int
     def step(number: int) -> None:
         batch = batches[number % len(batches)].to(device)
         with autocast(device, dtype):
-            train_sft.train_step(
-                state, batch, micro_batch_tokens=ours.budget(train_sft.PRESETS, given.device), max_grad_norm=1.0
-            )
+            train_sft.train_step(state, batch, config)
 
     return step
 

@@ -27,7 +27,7 @@ import train_reward
 import train_sft
 from minirlhf import kv_cache, model, reward_functions, rollout
 from minirlhf.batch import Example, pad
-from minirlhf.comparisons import pad_comparisons
+from minirlhf.comparisons import pad_comparisons, with_reference
 from minirlhf.generate import generate
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel, ValueModel
@@ -87,8 +87,8 @@ def test_flops_of_an_sft_step() -> None:
     size = EQUAL
     gpt = ours.model(size)
     batch = pad([Example(row[:1], row[1:]) for row in workloads.sft_batches(size)[0].tolist()])
-    state = train_sft.State(gpt, adamw(gpt, learning_rate=0.0))
-    flops = counted(lambda: train_sft.train_step(state, batch, micro_batch_tokens=1000, max_grad_norm=1.0))
+    state, config = train_sft.State(gpt, adamw(gpt, learning_rate=0.0)), train_sft.Config(micro_batch_tokens=1000)
+    flops = counted(lambda: train_sft.train_step(state, batch, config))
     n = size.sft_length - 1
     assert flops == 3 * size.sft_rows * row_flops(n, n)
     masked = 3 * size.sft_rows * size.layers * 4 * size.width * (n**2 - workloads.attended(n, []))
@@ -98,8 +98,8 @@ def test_flops_of_an_sft_step() -> None:
 def test_flops_of_a_reward_step() -> None:
     reward = RewardModel.from_gpt(ours.model(EQUAL), generator=torch.Generator().manual_seed(0))
     state = train_reward.State(reward, adamw(reward, learning_rate=0.0))
-    step = {"device": CPU, "micro_batch_tokens": 1000, "max_grad_norm": 1.0}
-    flops = counted(lambda: train_reward.train_step(state, ours.comparisons(EQUAL)[0], **step))
+    config = train_reward.Config(micro_batch_tokens=1000)
+    flops = counted(lambda: train_reward.train_step(state, ours.comparisons(EQUAL)[0], config, CPU))
     score_head = 2 * EQUAL.width * 2  # of two responses
     assert flops == 3 * EQUAL.pairs * (row_flops(15, 0) + score_head)
     masked = 3 * EQUAL.pairs * EQUAL.layers * 4 * EQUAL.width * (15**2 - workloads.attended(5, [5, 5]))
@@ -112,7 +112,7 @@ def test_flops_of_a_dpo_step() -> None:
     state = train_dpo.State(gpt, adamw(gpt, learning_rate=0.0))
 
     def step() -> None:
-        known = train_dpo.with_reference(reference, ours.comparisons(EQUAL)[0], CPU, max_tokens=1000)
+        known = with_reference(reference, ours.comparisons(EQUAL)[0], CPU, max_tokens=1000)
         train_dpo.train_step(state, known, train_dpo.Config(micro_batch_tokens=1000), CPU)
 
     flops = counted(step)
@@ -172,12 +172,12 @@ WIDE = replace(SMOKE, vocabulary=VOCABULARY)
 def sft_stage() -> Callable[[], object]:
     gpt = ours.model(WIDE)
     batch = pad([Example(row[:1], row[1:]) for row in workloads.sft_batches(WIDE)[0].tolist()])
-    state = train_sft.State(gpt, adamw(gpt, learning_rate=0.0))
+    state, config = train_sft.State(gpt, adamw(gpt, learning_rate=0.0)), train_sft.Config(micro_batch_tokens=1000)
 
     def run() -> None:
-        train_sft.train_step(state, batch, micro_batch_tokens=1000, max_grad_norm=1.0)
+        train_sft.train_step(state, batch, config)
         examples = [Example(ids[:2], ids[2:]) for ids in batch.tokens.tolist()]
-        train_sft.held_out(gpt, examples, CPU, max_tokens=1000)
+        train_sft.held_out(gpt, examples, config, CPU)
 
     return run
 
@@ -185,11 +185,11 @@ def sft_stage() -> Callable[[], object]:
 def reward_stage() -> Callable[[], object]:
     reward = RewardModel.from_gpt(ours.model(WIDE), generator=torch.Generator().manual_seed(0))
     state = train_reward.State(reward, adamw(reward, learning_rate=0.0))
-    batch = ours.comparisons(WIDE)[0]
+    batch, config = ours.comparisons(WIDE)[0], train_reward.Config(micro_batch_tokens=1000)
 
     def run() -> None:
-        train_reward.train_step(state, batch, device=CPU, micro_batch_tokens=1000, max_grad_norm=1.0)
-        train_reward.held_out(reward, batch, CPU, max_tokens=1000)
+        train_reward.train_step(state, batch, config, CPU)
+        train_reward.held_out(reward, batch, config, CPU)
 
     return run
 
@@ -200,7 +200,7 @@ def dpo_stage() -> Callable[[], object]:
     state, config = train_dpo.State(gpt, adamw(gpt, learning_rate=0.0)), train_dpo.Config(micro_batch_tokens=1000)
 
     def run() -> None:
-        known = train_dpo.with_reference(reference, ours.comparisons(WIDE)[0], CPU, max_tokens=1000)
+        known = with_reference(reference, ours.comparisons(WIDE)[0], CPU, max_tokens=1000)
         train_dpo.train_step(state, known, config, CPU)
         train_dpo.held_out(gpt, known, config, CPU)
 
@@ -221,8 +221,7 @@ def ppo_stage() -> Callable[[], object]:
         collected = rollout.collect(
             **models, reward=reward, prompts=prompts, keys=keys, rescore=True, max_tokens=1000, **settings
         )
-        experience = train_ppo.learn_from(collected, beta=0.1, gamma=1.0, lam=0.95, whiten_rewards=False)
-        train_ppo.update(state, experience, config)
+        train_ppo.train_step(state, collected, config)
 
     return run
 

@@ -30,7 +30,7 @@ import speed_sft
 import worker
 import workloads
 
-from minirlhf import batch, model, rollout
+from minirlhf import model, rollout
 from minirlhf.batch import Example
 from minirlhf.comparisons import Comparison
 
@@ -177,7 +177,7 @@ def test_the_scaling_plot_is_drawn(small: None, tmp_path: Path) -> None:
 
 
 def test_padding_is_what_the_longest_row_of_a_micro_batch_adds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batch, "micro_batches", lambda lengths, budget: [torch.arange(len(lengths))])
+    monkeypatch.setattr(padding, "micro_batches", lambda lengths, budget: [torch.arange(len(lengths))])
 
     def example(prompt: int, response: int) -> Example:
         return Example([5] * prompt, [6] * response)
