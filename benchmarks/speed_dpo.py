@@ -43,7 +43,7 @@ def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int
         with autocast(device, dtype):
             known = with_reference(reference, batches[number % len(batches)], device, max_tokens=budget)
             between = channel.now()
-            train_dpo.train_step(state, known, config, device)
+            train_dpo.train_step(state, known, config, device, max_tokens=config.micro_batch_tokens)
         return {"reference_s": between - start, "training_s": channel.now() - between}
 
     return step

@@ -4,7 +4,7 @@
 
 generation  responses that run to their full length, with their log-probabilities
 scoring     the rest of `rollout.collect`: reference, reward and value model
-training    `train_ppo.train_step`: advantages, then 4 epochs of minibatches of policy and value model
+training    advantages, then `train_ppo.train_step`: 4 epochs of minibatches of policy and value model
 """
 
 from __future__ import annotations
@@ -22,10 +22,11 @@ import worker
 import workloads
 
 import train_ppo
-from minirlhf import reward_functions, rollout
+from minirlhf import ops, ppo, reward_functions, rollout
+from minirlhf.batch import shuffled
 from minirlhf.optim import adamw
 from minirlhf.reward import RewardModel, ValueModel
-from minirlhf.runtime import autocast
+from minirlhf.runtime import Stream, autocast
 
 
 def models(size: workloads.Size, device: torch.device) -> dict[str, Any]:
@@ -47,6 +48,17 @@ def settings(size: workloads.Size, device: str) -> train_ppo.Config:
         beta=0.05,
         micro_batch_tokens=ours.budget(train_ppo.PRESETS, device),
     )
+
+
+def update(state: train_ppo.State, collected: rollout.Rollout, config: train_ppo.Config) -> None:
+    """Rewards, advantages and epochs of minibatches, as `train_ppo.main` has them."""
+    mask, logprobs = collected.mask, (collected.old_logprobs, collected.ref_logprobs)
+    rewards = ppo.kl_penalised_rewards(collected.scores, *logprobs, mask, beta=config.beta)
+    advantages, returns = ppo.gae(rewards, collected.values, mask, gamma=config.gamma, lam=config.lam)
+    experience = rollout.Experience(**vars(collected), advantages=ops.whiten(advantages, mask), returns=returns)
+    for epoch in range(config.epochs):
+        for minibatch in shuffled(experience, config.minibatches, config.seed, Stream.MINIBATCH, epoch):
+            train_ppo.train_step(state, minibatch, config, beta=config.beta, max_tokens=config.micro_batch_tokens)
 
 
 def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int], dict[str, float]]:
@@ -87,7 +99,7 @@ def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int
                 max_tokens=config.micro_batch_tokens,
             )
             scored = channel.now()
-            train_ppo.train_step(state, collected, config)
+            update(state, collected, config)
         between = sampled_at.pop()
         return {
             "generation_s": between - start,

@@ -35,7 +35,8 @@ def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int
 
     def step(number: int) -> None:
         with autocast(device, dtype):
-            train_reward.train_step(state, batches[number % len(batches)], config, device)
+            batch = batches[number % len(batches)]
+            train_reward.train_step(state, batch, config, device, max_tokens=config.micro_batch_tokens)
 
     return step
 

@@ -95,8 +95,7 @@ def sft_step(count: int, length: int) -> Callable[[], object]:
     state = train_sft.State(model, adamw(model, learning_rate=ours.LEARNING_RATE))
     rows = workloads.rows(SHAPE, count, length).tolist()
     batch = pad([Example(row[:1], row[1:]) for row in rows])
-    config = train_sft.Config(micro_batch_tokens=BUDGET, max_grad_norm=1.0)
-    return lambda: train_sft.train_step(state, batch, config)
+    return lambda: train_sft.train_step(state, batch, train_sft.Config(), max_tokens=BUDGET)
 
 
 def dpo_step(count: int, responses: int, length: int = 32) -> Callable[[], object]:
@@ -109,8 +108,8 @@ def dpo_step(count: int, responses: int, length: int = 32) -> Callable[[], objec
         ReferencedComparison([Example(prompt, answer) for answer in answers], pairs, ref_seq_logprobs=[0.0] * responses)
         for prompt, *answers in texts
     ]
-    config = train_dpo.Config(micro_batch_tokens=BUDGET)
-    return lambda: train_dpo.train_step(state, comparisons, config, torch.device("cpu"))
+    config, device = train_dpo.Config(), torch.device("cpu")
+    return lambda: train_dpo.train_step(state, comparisons, config, device, max_tokens=BUDGET)
 
 
 def timed(points: list[tuple[Point, Callable[[], object]]], given: argparse.Namespace) -> list[Point]:

@@ -37,7 +37,7 @@ def prepare(given: argparse.Namespace, channel: worker.Channel) -> Callable[[int
     def step(number: int) -> None:
         batch = batches[number % len(batches)].to(device)
         with autocast(device, dtype):
-            train_sft.train_step(state, batch, config)
+            train_sft.train_step(state, batch, config, max_tokens=config.micro_batch_tokens)
 
     return step
 

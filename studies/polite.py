@@ -170,8 +170,7 @@ def pair_accuracy(model: RewardModel, work: Path) -> dict[str, float]:
     encoding = tokenizer.load(work / "sft" / "model")
     records = data.load(work / "test.pairs.jsonl", "pairs")
     pairs = encode_comparisons(encoding, records, max_length=model.gpt.config.n_positions)
-    config = train_reward.Config(micro_batch_tokens=8192)
-    found = train_reward.held_out(model, pairs, config, torch.device("cpu"))
+    found = train_reward.held_out(model, pairs, torch.device("cpu"), max_tokens=8192)
     return {"share": float(found["validation_accuracy"]), "pairs": len(pairs)}
 
 

@@ -162,12 +162,11 @@ def train_trunk(encoding: tiktoken.Encoding, records: Sequence[Record], config: 
         return gpt
     rows = trunk_rows(encoding, records, config)
     state = train_sft.State(gpt, adamw(gpt, learning_rate=config.trunk_learning_rate, weight_decay=config.weight_decay))
-    stage = train_sft.Config(micro_batch_tokens=MICRO_BATCH_TOKENS, max_grad_norm=1.0)
     steps = round(config.trunk_epochs * steps_per_epoch(len(rows), config.batch_size))
     for step in range(steps):
         set_learning_rate(state.optimizer, config.trunk_learning_rate * linear_schedule(step, steps, warmup_steps=20))
         batch = pad([rows[i] for i in batch_indices(len(rows), config.batch_size, seed=seed, step=step)])
-        train_sft.train_step(state, batch, stage)
+        train_sft.train_step(state, batch, train_sft.Config(), max_tokens=MICRO_BATCH_TOKENS)
     return gpt
 
 
@@ -186,13 +185,13 @@ def train(gpt: GPT, pairs: Sequence[Comparison], config: Config, seed: int) -> R
     model = RewardModel.from_gpt(gpt, generator=torch.Generator().manual_seed(seed))
     optimizer = adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay)
     state, generator = train_reward.State(model, optimizer), random.Random(seed)
-    stage = train_reward.Config(micro_batch_tokens=MICRO_BATCH_TOKENS, max_grad_norm=1.0)
+    stage = train_reward.Config()
     steps = round(config.epochs * steps_per_epoch(len(pairs), config.batch_size))
     for step in range(steps):
         set_learning_rate(optimizer, config.learning_rate * linear_schedule(step, steps, warmup_steps=10))
         rows = batch_indices(len(pairs), config.batch_size, seed=seed, step=step)
         batch = [drop_tokens(pairs[i], config.token_dropout, generator) for i in rows]
-        train_reward.train_step(state, batch, stage, torch.device("cpu"))
+        train_reward.train_step(state, batch, stage, torch.device("cpu"), max_tokens=MICRO_BATCH_TOKENS)
     return model
 
 

@@ -66,7 +66,9 @@ def test_what_is_counted_as_right(study: ModuleType, tmp_path: Path, monkeypatch
     GPT(shape, seed=0).save_pretrained(tmp_path)
     tokenizer.save(tiny.ENCODING, tmp_path)
     monkeypatch.setattr(study, "generate", lambda model, prompts, *, keys, **settings: keys)
-    monkeypatch.setattr(study.reward_functions, "texts", lambda encoding, keys: (None, [f"#### {i + k}" for _, i, k in keys]))
+    monkeypatch.setattr(
+        study.reward_functions, "texts", lambda encoding, keys: (None, [f"#### {i + k}" for _, i, k in keys])
+    )
     right = study.answers(tmp_path, ["0+0", "1+1", "2+1"], samples=3, temperature=1.0, seed=0)
     assert right.tolist() == [[1, 0, 0], [0, 1, 0], [0, 1, 0]]
 

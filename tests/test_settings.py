@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from typing import Annotated, Literal
 
 import pytest
@@ -12,7 +14,10 @@ import pytest
 from minirlhf.config import Count, Positive, Range, Settings, field_ranges, flag
 from minirlhf.runtime import UserError
 
+sys.path.append(str(Path(__file__).parent.parent / "studies"))
+
 CONFIGS = [
+    "ablate.Config",
     *(f"train_{stage}.Config" for stage in ("sft", "reward", "ppo", "dpo")),
     *(
         f"minirlhf.{module}.Config"

@@ -88,7 +88,7 @@ def test_flops_of_an_sft_step() -> None:
     gpt = ours.model(size)
     batch = pad([Example(row[:1], row[1:]) for row in workloads.sft_batches(size)[0].tolist()])
     state, config = train_sft.State(gpt, adamw(gpt, learning_rate=0.0)), train_sft.Config(micro_batch_tokens=1000)
-    flops = counted(lambda: train_sft.train_step(state, batch, config))
+    flops = counted(lambda: train_sft.train_step(state, batch, config, max_tokens=1000))
     n = size.sft_length - 1
     assert flops == 3 * size.sft_rows * row_flops(n, n)
     masked = 3 * size.sft_rows * size.layers * 4 * size.width * (n**2 - workloads.attended(n, []))
@@ -99,7 +99,7 @@ def test_flops_of_a_reward_step() -> None:
     reward = RewardModel.from_gpt(ours.model(EQUAL), generator=torch.Generator().manual_seed(0))
     state = train_reward.State(reward, adamw(reward, learning_rate=0.0))
     config = train_reward.Config(micro_batch_tokens=1000)
-    flops = counted(lambda: train_reward.train_step(state, ours.comparisons(EQUAL)[0], config, CPU))
+    flops = counted(lambda: train_reward.train_step(state, ours.comparisons(EQUAL)[0], config, CPU, max_tokens=1000))
     score_head = 2 * EQUAL.width * 2  # of two responses
     assert flops == 3 * EQUAL.pairs * (row_flops(15, 0) + score_head)
     masked = 3 * EQUAL.pairs * EQUAL.layers * 4 * EQUAL.width * (15**2 - workloads.attended(5, [5, 5]))
@@ -113,7 +113,7 @@ def test_flops_of_a_dpo_step() -> None:
 
     def step() -> None:
         known = with_reference(reference, ours.comparisons(EQUAL)[0], CPU, max_tokens=1000)
-        train_dpo.train_step(state, known, train_dpo.Config(micro_batch_tokens=1000), CPU)
+        train_dpo.train_step(state, known, train_dpo.Config(), CPU, max_tokens=1000)
 
     flops = counted(step)
     assert flops == 4 * EQUAL.pairs * row_flops(15, 10)  # the head reads no position of the prompt but its last
@@ -175,9 +175,9 @@ def sft_stage() -> Callable[[], object]:
     state, config = train_sft.State(gpt, adamw(gpt, learning_rate=0.0)), train_sft.Config(micro_batch_tokens=1000)
 
     def run() -> None:
-        train_sft.train_step(state, batch, config)
+        train_sft.train_step(state, batch, config, max_tokens=1000)
         examples = [Example(ids[:2], ids[2:]) for ids in batch.tokens.tolist()]
-        train_sft.held_out(gpt, examples, config, CPU)
+        train_sft.held_out(gpt, examples, CPU, max_tokens=1000)
 
     return run
 
@@ -188,8 +188,8 @@ def reward_stage() -> Callable[[], object]:
     batch, config = ours.comparisons(WIDE)[0], train_reward.Config(micro_batch_tokens=1000)
 
     def run() -> None:
-        train_reward.train_step(state, batch, config, CPU)
-        train_reward.held_out(reward, batch, config, CPU)
+        train_reward.train_step(state, batch, config, CPU, max_tokens=1000)
+        train_reward.held_out(reward, batch, CPU, max_tokens=1000)
 
     return run
 
@@ -201,8 +201,8 @@ def dpo_stage() -> Callable[[], object]:
 
     def run() -> None:
         known = with_reference(reference, ours.comparisons(WIDE)[0], CPU, max_tokens=1000)
-        train_dpo.train_step(state, known, config, CPU)
-        train_dpo.held_out(gpt, known, config, CPU)
+        train_dpo.train_step(state, known, config, CPU, max_tokens=1000)
+        train_dpo.held_out(gpt, known, config, CPU, max_tokens=1000)
 
     return run
 
@@ -221,7 +221,7 @@ def ppo_stage() -> Callable[[], object]:
         collected = rollout.collect(
             **models, reward=reward, prompts=prompts, keys=keys, rescore=True, max_tokens=1000, **settings
         )
-        train_ppo.train_step(state, collected, config)
+        speed_ppo.update(state, collected, config)
 
     return run
 
