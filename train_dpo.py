@@ -22,10 +22,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from minirlhf import data, distributed, dpo, tokenizer
+from minirlhf import data, distributed, tokenizer
 from minirlhf.batch import batch_indices, count_steps
 from minirlhf.comparisons import ReferencedComparison, pair_logprobs, pair_micro_batches, token_count, with_reference
 from minirlhf.config import Count, FolderName, NotNegative, Positive, Share, Smoothing, Steps, TrainConfig, run_script
+from minirlhf.dpo import MEASURED, diagnostics, dpo_loss
 from minirlhf.encode import encode_comparisons, require_both_sides, split_by_prompt
 from minirlhf.hf.hub import model_or_earlier
 from minirlhf.model import GPT, read_config
@@ -108,10 +109,10 @@ def train_step(
         # Chosen and rejected come from one forward pass; the reference's two were stored: 4 x (N,)
         logprobs = pair_logprobs(state.policy, part, pairs.to(device))
         # Rafailov et al. 2023, eq. 7: docs/equations.md#dpo-and-its-kin
-        loss = dpo.dpo_loss(*logprobs, beta=config.beta, label_smoothing=config.label_smoothing, denominator=count)
+        loss = dpo_loss(*logprobs, beta=config.beta, label_smoothing=config.label_smoothing, denominator=count)
         loss.backward()
-        parts.append({"loss": loss.detach(), **dpo.diagnostics(*logprobs, beta=config.beta, denominator=count)})
-    sums = distributed.add_up(parts, dpo.MEASURED)
+        parts.append({"loss": loss.detach(), **diagnostics(*logprobs, beta=config.beta, denominator=count)})
+    sums = distributed.add_up(parts, MEASURED)
     require_finite(loss=sums["loss"])
     distributed.sum_gradients(state.policy)
     grad_norm = clip_gradients(state.policy, config.max_grad_norm)
@@ -129,9 +130,9 @@ def held_out(
     parts: list[dict[str, Tensor]] = []
     for part, pairs in pair_micro_batches(comparisons, max_tokens):
         logprobs = pair_logprobs(policy, part, pairs.to(device))
-        loss = dpo.dpo_loss(*logprobs, beta=config.beta, denominator=count)
-        parts.append({"loss": loss, **dpo.diagnostics(*logprobs, beta=config.beta, denominator=count)})
-    return {f"validation_{name}": value for name, value in distributed.add_up(parts, dpo.MEASURED).items()}
+        loss = dpo_loss(*logprobs, beta=config.beta, denominator=count)
+        parts.append({"loss": loss, **diagnostics(*logprobs, beta=config.beta, denominator=count)})
+    return {f"validation_{name}": value for name, value in distributed.add_up(parts, MEASURED).items()}
 
 
 def main(config: Config) -> Path:

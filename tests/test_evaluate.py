@@ -215,7 +215,7 @@ def test_the_columns_of_the_table() -> None:
 # -------------------------------------------------------------------------------------------------- the whole of a run
 def test_the_summary_of_a_run_is_that_of_its_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward", "ppo", "dpo")
-    calls = tiny.spy(monkeypatch, run, "generate")
+    calls = tiny.spy(monkeypatch, evaluation, "generate")
     generator = torch.get_rng_state()
     summary = evaluation.main(config_of(run, prompts=run / "train.jsonl", max_prompts=7, best_of=(2, 3)))
     assert torch.equal(torch.get_rng_state(), generator)

@@ -98,11 +98,11 @@ def test_what_was_found_goes_on_after_a_stop_unless_a_number_is_given(tmp_path: 
     with pytest.MonkeyPatch.context() as patch:
         steps = tiny.spy(patch, MODULES["sft"], "train_step")
         run("sft", stopped, resume=True)  # no limit now: without the number in the checkpoint it would begin anew
-        assert {call.arguments["micro_batch_tokens"] for call in steps} == {found(whole / "sft")}
+        assert {call.arguments["max_tokens"] for call in steps} == {found(whole / "sft")}
         assert result(stopped / "sft") == result(whole / "sft")
         steps.clear()
         run("sft", given, resume=True, micro_batch_tokens=16)
-        assert {call.arguments["micro_batch_tokens"] for call in steps} == {16}
+        assert {call.arguments["max_tokens"] for call in steps} == {16}
 
 
 def test_where_a_single_row_does_not_fit_the_error_says_what_else_to_try(tmp_path: Path) -> None:

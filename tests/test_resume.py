@@ -24,7 +24,7 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import __main__ as pipeline
-from minirlhf import dpo, ops, ppo, reward_functions
+from minirlhf import ops, ppo, reward_functions
 from minirlhf.config import run_script
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.runs import checkpoint
@@ -360,7 +360,7 @@ def poison(patch: pytest.MonkeyPatch, name: str, value: float) -> str:
     module, function = {
         "sft": (train_sft, "masked_mean"),
         "reward": (train_reward, "bradley_terry_loss"),
-        "dpo": (dpo, "dpo_loss"),
+        "dpo": (train_dpo, "dpo_loss"),
         "ppo": (ppo, "policy_loss"),
     }[name]
     original, state = getattr(module, function), []
