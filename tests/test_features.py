@@ -63,9 +63,9 @@ def test_every_command_of_a_page_is_understood(
             assert re.search(f"^{first}:", (features.ROOT / "Makefile").read_text(encoding="utf-8"), re.M), (
                 command.place
             )
-        elif first.startswith("benchmarks/"):
+        elif first.startswith(("benchmarks/", "studies/")) and first != pages.WITH_SETTINGS:
             pages.benchmark_flags(command)
-        elif first.startswith("data/"):
+        elif first.startswith(("data/", "studies/")):
             reached = features.reach(f"python {first}")
             assert isinstance(reached, features.Reached), f"{command.place}: {reached}"
             reached.parser.parse_args(rest)
