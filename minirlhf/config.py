@@ -85,7 +85,8 @@ class Settings:
     """Base of every configuration: raises UserError that names the flag where a value is not one its field allows."""
 
     def __post_init__(self) -> None:
-        for name, allowed in field_ranges(self.__class__).items():
+        kind: Any = type(self)
+        for name, allowed in field_ranges(kind).items():
             value = getattr(self, name)
             for part in value if isinstance(value, tuple) else (value,):
                 _check(name, part, allowed)
@@ -171,7 +172,7 @@ def flag(name: str) -> str:
 
 
 @functools.cache
-def field_ranges(config: type) -> dict[str, Range | Name]:
+def field_ranges(config: Any) -> dict[str, Range | Name]:
     """What the fields of a configuration allow; raises TypeError where a numeric one does not say."""
     hints = typing.get_type_hints(config, include_extras=True)
     found: dict[str, Range | Name] = {}

@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import tiktoken
 import torch
@@ -144,18 +145,7 @@ class Chat:
         if not reply.finished:
             say(f"[{speaker.name}: cut off after {len(reply.ids)} tokens]")
         if self.reward_model is not None:
-            print(f"[{speaker.name}: reward {self.score(speaker, prompt, reply):.2f}]", flush=True)
-
-    @torch.no_grad()
-    def score(self, speaker: Speaker, prompt: str, reply: Reply) -> float:
-        """The reward model's score of a reply, of the ids as they were sampled; nan where there is none to score."""
-        model, ids = self.reward_model, reply.ids
-        longest = model.gpt.config.n_positions
-        row = encode_example(speaker.encoding, prompt, reply.text, max_length=longest, response_ids=ids)
-        if row is None or not ids:
-            return math.nan
-        batch = pad([row]).to(model.score.weight.device)
-        return model(batch.tokens, batch.lengths).item()
+            print(f"[{speaker.name}: reward {score(self.reward_model, speaker, prompt, reply):.2f}]", flush=True)
 
     def command(self, line: str) -> bool:
         """Obey a line that begins with "/"; False where it ends the chat."""
@@ -197,10 +187,22 @@ def stoppable() -> Iterator[Callable[[], bool]]:
 
 
 @contextlib.contextmanager
-def ctrl_c(handler: Callable[[int, object], object]) -> Iterator[None]:
+def ctrl_c(handler: Callable[[int, Any], object]) -> Iterator[None]:
     """Inside, `handler` takes Ctrl-C."""
     before = signal.signal(signal.SIGINT, handler)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+@torch.no_grad()
+def score(model: RewardModel, speaker: Speaker, prompt: str, reply: Reply) -> float:
+    """The reward model's score of a reply, of the ids as they were sampled; nan where there is none to score."""
+    ids = reply.ids
+    longest = model.gpt.config.n_positions
+    row = encode_example(speaker.encoding, prompt, reply.text, max_length=longest, response_ids=ids)
+    if row is None or not ids:
+        return math.nan
+    batch = pad([row]).to(model.score.weight.device)
+    return model(batch.tokens, batch.lengths).item()

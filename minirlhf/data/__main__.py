@@ -124,18 +124,18 @@ def _show_lengths(encoding: tiktoken.Encoding, dataset: data.Dataset) -> None:
 
 def _show_fit(rows: list[list[Example]], dataset: data.Dataset, max_length: int) -> None:
     lost = sum(not examples for examples in rows)
-    cut = [max(e.cut for e in examples) for examples in rows if examples and max(e.cut for e in examples)]
+    cut = [most for most in (max((e.cut for e in examples), default=0) for examples in rows) if most]
     print(f"in {max_length} tokens: {lost} left out (response too long, or its two sides have the same tokens)")
     longest = f", at most {max(cut)} tokens" if cut else ""
     print(f"in {max_length} tokens: {len(cut)} lose the start of their prompt{longest}")
-    pieces = sum(len(examples) for examples in rows)
+    pieces = sum(map(len, rows))
     if dataset.kind == "demonstrations" and pieces > len(rows):
         print(f"in {max_length} tokens: texts go on over rows, {pieces} in all")
 
 
 def run_into_a_pipe() -> None:
     """The command; a program that reads its report, such as `head`, may stop before the end."""
-    code = 0
+    code: str | int | None = 0
     try:
         try:
             run_script(main, PRESETS)

@@ -206,11 +206,11 @@ def _selections(row: dict[str, Any]) -> list[tuple[object, object]]:
     """(side, labeller) of every annotation that was not cancelled."""
     annotations = row.get("annotations", row.get("completions"))
     if annotations is None:  # the short export keeps the result under the name of its control
-        found = [value for value in row.values() if isinstance(value, dict) and "selected" in value]
-        return [(value["selected"], row.get("annotator")) for value in found]
+        short = [value for value in row.values() if isinstance(value, dict) and "selected" in value]
+        return [(value["selected"], row.get("annotator")) for value in short]
     if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
         raise BadRow("'annotations' must be a list of objects")
-    sides = []
+    sides: list[tuple[object, object]] = []
     for annotation in annotations:
         results = [] if annotation.get("was_cancelled") else annotation.get("result") or []
         values = [r.get("value") for r in results if isinstance(r, dict)]

@@ -74,6 +74,7 @@ def _read_hub(source: str, split: re.Match[str]) -> Content:
     from huggingface_hub import constants
 
     parts = HUB_NAME.fullmatch(source)
+    assert parts is not None, source  # `is_hub_name` has said so
     advice = "or give a file: JSON Lines, JSON, TSV, Parquet or text"
     revision, name = parts["revision"], split["name"] or "train"
     if not constants.HF_HUB_OFFLINE:
@@ -118,8 +119,8 @@ def _renamed(row: Row, columns: Sequence[tuple[str, str]]) -> Any:
     for ours, theirs in columns:
         there = f"there are {', '.join(map(str, row.value))}"
         require(theirs in row.value, f"{row.place}: no field {theirs!r} for --columns {ours}={theirs}; {there}")
-    theirs = {name for _, name in columns}
-    return {k: v for k, v in row.value.items() if k not in theirs} | {ours: row.value[name] for ours, name in columns}
+    renamed = {name for _, name in columns}
+    return {k: v for k, v in row.value.items() if k not in renamed} | {ours: row.value[name] for ours, name in columns}
 
 
 KINDS: tuple[Kind, ...] = ("pairs", "demonstrations", "prompts")  # the richest first

@@ -101,13 +101,13 @@ class Contest:
 class Measured:
     """The answers of one model, row-major by prompt, and what was measured about each: arrays are (P, K).
 
-    marks  (P, K, parts) of the judge; None, like verdicts, reward and kl, where it was not asked for
+    marks  (P, K, parts) of the judge; no parts where there is none. None: verdicts, reward and kl not asked for
     """
 
     texts: list[str]
     lengths: np.ndarray
     finished: np.ndarray
-    marks: np.ndarray | None
+    marks: np.ndarray
     verdicts: Verdicts | None
     reward: np.ndarray | None
     kl: np.ndarray | None
@@ -138,10 +138,10 @@ def open_contest(config: Config) -> Contest:
         reward = RewardScorer(folder, device, config.micro_batch_tokens)
     if config.reference != "none":
         reference = ModelFolder.find(config.reference, GPT, flag="--reference") if config.reference else folders[0]
-    for folder in folders if reference else ():
-        same = same_ids(reference.encoding, folder.encoding)
-        where = f"{folder.path}: has not the tokenizer of {reference.path}, so there is no KL between them"
-        require(same, f"{where}; give --reference none")
+        for folder in folders:
+            same = same_ids(reference.encoding, folder.encoding)
+            where = f"{folder.path}: has not the tokenizer of {reference.path}, so there is no KL between them"
+            require(same, f"{where}; give --reference none")
     scorers = [judge.folder if judge else None, reward.folder if reward else None, reference]
     room = room_for_prompts(config, folders, [scorer for scorer in scorers if scorer])
     names = short_names(config.models)
@@ -191,7 +191,7 @@ def sample(contest: Contest, folder: ModelFolder, config: Config) -> Sampled:
 def measure(contest: Contest, sampled: Sampled, baseline: Sampled, reference: GPT | None, config: Config) -> Measured:
     """All that is measured about one model's answers."""
     shape, samples = (len(contest.prompts), config.samples), sampled.samples
-    marks = contest.judge.marks(sampled).reshape(*shape, -1) if contest.judge else None
+    marks = contest.judge.marks(sampled).reshape(*shape, -1) if contest.judge else np.zeros((*shape, 0))
     kl = None
     if reference is not None:
         ref = over_micro_batches(
@@ -262,7 +262,8 @@ def records(contest: Contest, measured: dict[str, Measured]) -> list[Record]:
             i, k = divmod(row, answers.lengths.shape[1])
             record = {"prompt": contest.prompts[i], "response": text, "model": name, "sample": k}
             record |= {"length": int(answers.lengths[i, k]), "finished": bool(answers.finished[i, k])}
-            marks = {} if answers.marks is None else dict(zip(contest.judge.parts, answers.marks[i, k], strict=True))
+            parts = contest.judge.parts if contest.judge else ()
+            marks = dict(zip(parts, answers.marks[i, k], strict=True))
             numbers = marks | {"reward": answers.reward, "kl": answers.kl}
             record |= {n: float(v if v.ndim == 0 else v[i, k]) for n, v in numbers.items() if v is not None}
             found.append(record)

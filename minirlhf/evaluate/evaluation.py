@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import tiktoken
@@ -176,7 +176,7 @@ class Evaluator:
         """Means with intervals, and the win rate against the baseline's answers to the same prompts."""
         seed = self.config.seed
         won = wins(answers.parts[:, 0], baseline.parts[:, 0])
-        row = {
+        row: dict[str, Any] = {
             part: {"mean": float(values.mean()), "interval": bootstrap_interval(values, seed=seed)}
             for part, values in zip(PARTS, answers.parts.T, strict=True)
         }
@@ -212,7 +212,7 @@ def main(config: Config) -> dict:
         if (config.run / stage / "model").is_dir():
             answers[stage] = evaluator.measure(evaluator.sample(load(stage)))
 
-    summary = {"prompts": len(prompts), "seed": config.seed}
+    summary: dict[str, Any] = {"prompts": len(prompts), "seed": config.seed}
     summary["reward_model_agreement"] = evaluator.agreement(samples, rewards, candidates=4)
     summary["models"] = {name: evaluator.summarise(a, answers["sft"]) for name, a in answers.items()}
     write_json(config.run / "summary.json", summary)

@@ -18,12 +18,13 @@ probability that grows with the difference (Boltzmann-rational), and can be made
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from minirlhf import data, tokenizer
-from minirlhf.config import Count, Finite, Fraction, NotNegative, Seed, Settings, run_script
+from minirlhf.config import Count, Finite, Fraction, NotNegative, RunConfig, run_script
 from minirlhf.encode import Record, pairs_from_ranks
 from minirlhf.feedback import (
     candidates,
@@ -45,11 +46,9 @@ from minirlhf.world import TEMPERATURE, Labeller, judge
 
 
 @dataclass
-class Config(Settings):
+class Config(RunConfig):
     preset: Literal["tiny"] = "tiny"
     """Set of defaults; the simulated labeller knows the embedded world alone."""
-    run: Path = Path("runs/tiny")
-    """Folder of the run; this stage writes `<run>/feedback`."""
     policy: Path | None = None
     """Folder of the model that answers, by default `<run>/sft/model`."""
     prompts: Path = project_file("world", "prompts.train.jsonl")
@@ -68,12 +67,6 @@ class Config(Settings):
     """Probability that the labeller reverses a ranking."""
     length_bias: Finite = 0.0
     """What a word more adds to an answer's score in the labeller's eyes."""
-    resume: bool = False
-    """Leave a finished stage as it is; an unfinished one starts again."""
-    seed: Seed = 0
-    """Seed of the answers and of the labeller."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to sample; auto takes a GPU where there is one."""
 
 
 PRESETS = {"tiny": Config()}
@@ -144,7 +137,7 @@ def statistics(records: list[Record]) -> dict:
 
 
 # Name, then what it runs, its settings, and what --help says first.
-COMMANDS = {
+COMMANDS: dict[str, tuple[Callable[[Any], object], dict[str, Any], str | None]] = {
     "collect": (candidates.main, candidates.PRESETS, candidates.__doc__),
     "label": (label.main, label.PRESETS, label.__doc__),
     "label --by simulated": (simulated.main, simulated.PRESETS, simulated.__doc__),
@@ -178,5 +171,6 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     name = take_command(arguments)
     sys.argv[1:] = arguments
-    command, presets, __doc__ = COMMANDS[name] if name else (main, PRESETS, __doc__)
+    command, presets, text = COMMANDS[name] if name else (main, PRESETS, __doc__)
+    __doc__ = text or ""
     run_script(command, presets)

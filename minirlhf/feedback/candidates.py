@@ -167,7 +167,7 @@ def sample_candidates(
         lacking = [i for i in range(len(prompts)) if len(drawn[i]) < count]
         if not lacking:
             break
-        keys = [(Stream.FEEDBACK, i, n) for i in lacking]
+        keys: list[tuple[int, ...]] = [(Stream.FEEDBACK, i, n) for i in lacking]
         rows = [ids[i] for i in lacking]
         answers = _draw(sources[n % len(sources)], encoding, rows, keys, max_new_tokens=max_new_tokens, seed=seed)
         for i, answer in zip(lacking, answers, strict=True):

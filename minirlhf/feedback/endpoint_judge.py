@@ -79,8 +79,8 @@ def main(config: Config) -> Path:
             for task in tasks:
                 texts = questions(task, config.instruction)
                 shares = [share_of("A", "B", endpoint.first_token(text)) for text in texts]
-                silent = None in shares
-                orders = pairwise(shares)
+                given = [share for share in shares if share is not None]
+                silent, orders = len(given) < len(shares), pairwise(given)
                 yield Opinion(None) if silent else opinion_of(orders, task.shown, tie_margin=config.tie_margin)
 
         output = label_by_machine(config, config.mode, ask)

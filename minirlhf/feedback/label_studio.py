@@ -35,7 +35,7 @@ from minirlhf.feedback.candidates import read_candidates
 from minirlhf.feedback.labels import Label, parse_label, ranks_of
 from minirlhf.feedback.tasks import Task, make_tasks
 from minirlhf.files import write_records
-from minirlhf.runtime import require
+from minirlhf.runtime import UserError, require
 
 LAYOUTS = [form for form in FORMATS if form.name.startswith("Label Studio")]
 
@@ -103,7 +103,8 @@ def task_data(task: Task) -> dict[str, Any]:
 
 def import_labels(config: ImportConfig) -> Path:
     """Write the choices of an export as labels; returns the file."""
-    require(config.export is not None, "import: name the exported file with --export")
+    if config.export is None:
+        raise UserError("import: name the exported file with --export")
     output = config.output or config.run / "labels" / "label-studio.jsonl"
     require(not output.exists(), f"{output}: exists already; give another --output, or move it away")
     labels, left_out = read_export(config.export)

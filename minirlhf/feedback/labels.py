@@ -100,7 +100,7 @@ def parse_label(row: lines.Row) -> Label:
         sources=lines.texts_of(row, "sources", count=count) if "sources" in row else None,
         response_ids=lines.response_ids_of(row, count),
         scores=lines.numbers_of(row, "scores", count=count) if "scores" in row else None,
-        orders=lines.shares_of(row, "orders", count=2) if "orders" in row else None,
+        orders=lines.two_shares_of(row, "orders") if "orders" in row else None,
     )
     if row.get("item", label.item) != label.item:
         raise BadRow(f"'item' is {row['item']!r}, but this prompt and these responses are {label.item!r}")

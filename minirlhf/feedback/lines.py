@@ -74,12 +74,12 @@ def numbers_of(row: Row, name: str, *, count: int) -> tuple[float, ...]:
     return tuple(values)
 
 
-def shares_of(row: Row, name: str, *, count: int) -> tuple[float, ...]:
-    """A list of `count` numbers from 0 to 1; raises BadRow."""
-    values = numbers_of(row, name, count=count)
-    if not all(0 <= value <= 1 for value in values):
+def two_shares_of(row: Row, name: str) -> tuple[float, float]:
+    """A list of two numbers from 0 to 1; raises BadRow."""
+    first, second = numbers_of(row, name, count=2)
+    if not (0 <= first <= 1 and 0 <= second <= 1):
         raise BadRow(f"{name!r} must be probabilities, from 0 to 1")
-    return values
+    return first, second
 
 
 def responses_of(row: Row) -> tuple[str, ...]:

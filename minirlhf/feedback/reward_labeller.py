@@ -15,7 +15,7 @@ import tiktoken
 from minirlhf import tokenizer
 from minirlhf.batch import Example, pad
 from minirlhf.config import Count
-from minirlhf.encode import encode_comparison
+from minirlhf.encode import Record, encode_comparison
 from minirlhf.feedback import machine
 from minirlhf.feedback.machine import Opinion, label_by_machine
 from minirlhf.feedback.tasks import Mode, Task
@@ -82,8 +82,9 @@ def opinions(
 def _rows(encoding: tiktoken.Encoding, task: Task, max_length: int) -> list[Example]:
     """The responses as the reward model reads them; none where one of them does not fit."""
     known = task.candidates.response_ids
-    record = {"prompt": task.candidates.prompt, "responses": task.candidates.responses}
+    record: Record = {"prompt": task.candidates.prompt, "responses": task.candidates.responses}
     record |= {"ranks": range(len(task.shown))} | ({} if known is None else {"response_ids": known})
     comparison = encode_comparison(encoding, record, max_length=max_length)
-    whole = comparison is not None and len(comparison.examples) == len(task.shown)
-    return comparison.examples if whole else []
+    if comparison is None or len(comparison.examples) != len(task.shown):
+        return []
+    return comparison.examples

@@ -81,35 +81,36 @@ class Session:
         if key == "u":
             self._undo()
             return
-        if self.current is None:
+        task = self.current
+        if task is None:
             self.message = "all done; u undoes the last label"
             return
         if key in VERDICT_KEYS:
-            self._save(VERDICT_KEYS[key], ranks_of(VERDICT_KEYS[key], self.current.shown))
+            self._save(task, VERDICT_KEYS[key], ranks_of(VERDICT_KEYS[key], task.shown))
             return
-        act = self._choose if len(self.current.shown) == 2 else self._pick
-        act(key)
+        act = self._choose if len(task.shown) == 2 else self._pick
+        act(task, key)
 
-    def _choose(self, key: str) -> None:
+    def _choose(self, task: Task, key: str) -> None:
         if key in SIDES:
-            self._save(SIDES[key], ranks_of(SIDES[key], self.current.shown))
+            self._save(task, SIDES[key], ranks_of(SIDES[key], task.shown))
         else:
             self.message = f"the key {key!r} does nothing here"
 
-    def _pick(self, key: str) -> None:
+    def _pick(self, task: Task, key: str) -> None:
         """The next in a ranking."""
-        count = len(self.current.shown)
+        count = len(task.shown)
         taken = [i for level in self.picked for i in level]
         left = [i for i in range(count) if i not in taken]
         if key == "=" and self.picked:
             self._tie_next = True
             self.message = "the next one ties with the one before"
         elif key == "enter" and self.picked:
-            self._finish_ranking([*self.picked, left])
+            self._finish_ranking(task, [*self.picked, left])
         elif key.isdecimal() and int(key) - 1 in left:
             self._place(int(key) - 1)
             if len(left) == 1:
-                self._finish_ranking(self.picked)
+                self._finish_ranking(task, self.picked)
         elif key.isdecimal() and int(key) - 1 in taken:
             self.message = f"{key} has its place already; u takes the last one back"
         else:
@@ -123,14 +124,13 @@ class Session:
         self._tie_next = False
         self.message = "best first: " + " > ".join(" = ".join(str(i + 1) for i in level) for level in self.picked)
 
-    def _finish_ranking(self, levels: list[list[int]]) -> None:
-        shown = self.current.shown
+    def _finish_ranking(self, task: Task, levels: list[list[int]]) -> None:
+        shown = task.shown
         rank = {shown[position]: number for number, level in enumerate(levels) for position in level}
         ranks = tuple(rank[i] for i in range(len(shown)))
-        self._save("ranked" if len(set(ranks)) > 1 else "tie", ranks)
+        self._save(task, "ranked" if len(set(ranks)) > 1 else "tie", ranks)
 
-    def _save(self, verdict: str, ranks: tuple[int, ...]) -> None:
-        task = self.current
+    def _save(self, task: Task, verdict: str, ranks: tuple[int, ...]) -> None:
         label = Label(
             task.candidates.prompt,
             task.candidates.responses,

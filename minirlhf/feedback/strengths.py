@@ -33,7 +33,7 @@ class Strength:
     @property
     def elo(self) -> tuple[float, float, float]:
         """The rating, and the ends of its interval."""
-        return tuple(elo(self.strength + sign * self.half) for sign in (0, -1, 1))
+        return elo(self.strength), elo(self.strength - self.half), elo(self.strength + self.half)
 
 
 class NoStrengths(ValueError):
@@ -68,12 +68,12 @@ def expected_score(rating: float, other: float) -> float:
 
 def games_of(labels: Sequence[Label]) -> Games:
     """Every pair of responses of different sources in the labellers' first labels."""
-    known = [label for label in first_labels(labels) if label.sources is not None]
-    sources = sorted({source for label in known for source in label.sources})
-    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(label.prompt for label in known))}
+    known = [(label, label.sources) for label in first_labels(labels) if label.sources is not None]
+    sources = sorted({source for _, answered in known for source in answered})
+    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(label.prompt for label, _ in known))}
     rows = []
-    for label in known:
-        places = [sources.index(source) for source in label.sources]
+    for label, answered in known:
+        places = [sources.index(source) for source in answered]
         for i, j in itertools.combinations(range(len(places)), 2):
             if places[i] != places[j]:
                 score = 0.5 + 0.5 * np.sign(label.ranks[j] - label.ranks[i])

@@ -98,6 +98,8 @@ def draw(session: Session) -> None:
 def page(session: Session, width: int) -> list[str]:
     """The lines of the screen."""
     task, progress = session.current, session.progress
+    if task is None:
+        raise ValueError("page: every task is done, and none is left to show")
     left = "" if progress["minutes_left"] is None else f", about {progress['minutes_left']:.0f} min left"
     rate = f"   {progress['rate']:.0f} a minute{left}" if progress["rate"] else ""
     lines = [f"{progress['done']} of {progress['total']}{rate}", "", *wrap(task.question, width), ""]

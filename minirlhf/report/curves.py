@@ -86,8 +86,8 @@ def panel(kind: str, metric: str, title: str, stages: Sequence[tuple[str, StageR
     # Ranges in units of each run's first value differ: what all of them allow is shaded.
     band = Band(max(b.low for b in bands), min(b.high for b in bands)) if bands else None
     x_label = "iteration" if kind == "ppo" else "step"
-    settings = {"band": band, "log": (kind, metric) in LOG, "note": note(kind, metric, ends)}
-    return figure(title, lines, x_label=x_label, **settings)
+    said = note(kind, metric, ends)
+    return figure(title, lines, x_label=x_label, band=band, log=(kind, metric) in LOG, note=said)
 
 
 def labelled(runs: Sequence[Run], kind: str) -> list[tuple[str, StageRun]]:

@@ -25,7 +25,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import tiktoken
 import torch
@@ -112,7 +112,7 @@ class Stage:
             script = Path(inspect.getfile(type(self.config))).name
             write_model_card(self.output, script=script, objective=objective)
 
-    def begin(self, state: object | None, *, steps: int, best: tuple[str, Literal["min", "max"]] | None = None) -> Self:
+    def begin(self, state: Any, *, steps: int, best: tuple[str, Literal["min", "max"]] | None = None) -> Self:
         """Open the log; where the run is resumed, fill `state` from the newest checkpoint. Use it in a `with`.
 
         state  the stage's State; None for a stage of one step, which has no checkpoints and starts again
