@@ -30,7 +30,8 @@ from minirlhf.runs.log import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 LIST = Path(__file__).with_name("features.json")
-SCRIPTS = ("train_*.py", "data/*.py", "studies/ablate.py")  # the rest of studies/, benchmarks/ and docs/ is the project's own
+# Beside the modules; the rest of studies/, benchmarks/ and docs/ is the project's own.
+SCRIPTS = ("train_*.py", "data/*.py", "studies/ablate.py")
 THERE = "there"
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from tiny import finished_run
 
 from minirlhf.rejection import best_of_n_mean
 
+STUDIES = Path(frontier.__file__).parent
 FORMS = ("best-of-n", "rl")
 TRUE = {"best-of-n": (0.9, 0.35), "rl": (0.4, 0.25)}
 BY_HAND = {"best-of-n": 0.9 / 0.7, "rl": math.exp(0.4 / 0.25 - 1)}  # alpha / (2 beta), exp(alpha / beta - 1)
@@ -209,3 +213,20 @@ def test_the_tables_name_the_leader_and_pair_what_they_compare(tmp_path: Path) -
     assert table["SFT", "", "all"]["judge"] == 0.1 and table["PPO", "0.1", 1]["judge"] == 0.7
     leaders.plot(study, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+# ------------------------------------------------------------------------------------------------------- their own page
+def test_the_page_has_every_command_and_every_part() -> None:
+    page = (STUDIES / "README.md").read_text(encoding="utf-8")
+    for path in STUDIES.glob("*.py"):
+        command = '__name__ == "__main__"' in path.read_text(encoding="utf-8")
+        assert (f"`python studies/{path.name}" if command else f"`{path.name}`") in page, path.name
+    for link in re.findall(r"\]\((.+?)\)", page):
+        assert (STUDIES / link).is_file(), link
+
+
+def test_a_study_finds_the_package_wherever_python_starts(tmp_path: Path) -> None:
+    nowhere = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, str(STUDIES / "frontier.py"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=nowhere, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "--work" in done.stdout, done.stderr
