@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -42,7 +43,7 @@ them must still be equal, and a key that is not in this table may not change its
 
 COMPARED = {"model.safetensors", "metrics.jsonl", "rankings.jsonl", "normalisation.json", "summary.json"}
 COMPARED |= {"answers.jsonl", "best.jsonl", "random.jsonl", "calibration.json", "comparison.json", "trace.jsonl"}
-PATHS = {"folder"}  # keys whose values are folders, other ones on each side
+PLACE = re.compile(r'"[^"]*/same-bits-[^/"]*/(commit|here)/')  # how a path into the runs of a side begins
 LIMIT = 600  # seconds after which a command counts as hanging
 STOP_AFTER = 2  # rows of metrics after which a run that is to be resumed is stopped
 
@@ -129,12 +130,12 @@ def tensor_difference(old: dict[str, Tensor], new: dict[str, Tensor]) -> str | N
 
 
 def flat(value: Any, names: dict[str, str], path: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of nested JSON without PATHS: each path, with keys renamed, and its text, so that nan equals nan."""
+    """The leaves of nested JSON: each path, with keys renamed, and its text, so that nan equals nan."""
     if not isinstance(value, dict | list) or not value:
         yield path, json.dumps(value)
     else:
         items = value.items() if isinstance(value, dict) else enumerate(value)
-        for key, part in ((k, v) for k, v in items if k not in PATHS):
+        for key, part in items:
             yield from flat(part, names, f"{path}.{names.get(key, key)}".lstrip("."))
 
 
@@ -161,7 +162,7 @@ def file_difference(old: Path, new: Path, names: dict[str, str]) -> str | None:
         return tensor_difference(load_file(old), load_file(new))
     rows = []
     for path in (old, new):
-        text = path.read_text(encoding="utf-8")
+        text = PLACE.sub('"', path.read_text(encoding="utf-8"))
         rows.append([json.loads(line) for line in text.splitlines()] if path.suffix == ".jsonl" else [json.loads(text)])
     return row_difference(*rows, names)
 

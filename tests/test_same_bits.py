@@ -21,6 +21,8 @@ def write(folder: Path, rows: list[dict], weights: list[float]) -> Path:
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     save_file({"a": torch.zeros(2), "b": torch.tensor(weights)}, folder / "model.safetensors")
     (folder / "run.json").write_text(str(folder), encoding="utf-8")
+    place = f"/tmp/same-bits-x_1/{'commit' if folder.name == 'old' else 'here'}/sft/model"
+    (folder / "comparison.json").write_text(json.dumps({"reference": place}), encoding="utf-8")
     return folder
 
 
