@@ -28,6 +28,7 @@ from minirlhf import ops, ppo, reward_functions
 from minirlhf.config import run_script
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.runs import checkpoint
+from minirlhf.runs import stage as stage_module
 from minirlhf.runs.log import read_rows
 from minirlhf.runs.stage import Stage
 from minirlhf.runtime import DivergenceError, Interrupted, UserError, held_signals, interruptible
@@ -168,7 +169,7 @@ def test_killed_after_the_last_step_writes_the_model_from_the_last_checkpoint(
 ) -> None:
     folder = new_run(name, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, MODULES[name].tokenizer, "save", 1)
+        stop_at(patch, stage_module.tokenizer, "save", 1)
         with pytest.raises(Stop):
             run(name, folder)
     run(name, folder, resume=True)
@@ -208,7 +209,7 @@ def test_resume_with_nothing_there_begins(tmp_path: Path, whole: Callable) -> No
 def test_interrupted_feedback_starts_again_and_leaves_nothing_behind(tmp_path: Path) -> None:
     folder = tiny.copy_of(tiny.finished_run(), tmp_path, "sft")
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, feedback.data, "write_records", 1, after=True)
+        stop_at(patch, feedback, "write_records", 1, after=True)
         with pytest.raises(Stop):
             tiny.run_stage("feedback", folder)
     tiny.run_stage("feedback", folder, resume=True)

@@ -4,5 +4,6 @@
 """
 
 from minirlhf.data.readers import Dataset, Kind, is_hub_name, load, local_files, read
+from minirlhf.files import write_records
 
-__all__ = ["Dataset", "Kind", "is_hub_name", "load", "local_files", "read"]
+__all__ = ["Dataset", "Kind", "is_hub_name", "load", "local_files", "read", "write_records"]
