@@ -24,7 +24,7 @@ OLD_NAMES = {
 }
 
 
-class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
+class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds a module by its old name: it is the module of the new name, not a copy."""
 
     def find_spec(self, name, path=None, target=None):
@@ -48,9 +48,6 @@ class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.InspectLoader):
     def get_code(self, name):  # for `python -m`
         new = importlib.util.find_spec(self.new_name(name))
         return new.loader.get_code(new.name)
-
-    def get_source(self, name):
-        return None
 
 
 sys.meta_path.append(_OldNames())

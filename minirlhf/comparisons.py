@@ -130,16 +130,11 @@ def pad_comparisons(comparisons: Sequence[Comparison]) -> PairBatch:
             owners.append(np.full(count, len(ends)))
             ends.append(at[-1])
             start += count
-    return PairBatch(
-        tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(positions),
-        segments=torch.from_numpy(segments),
-        targets=torch.from_numpy(np.concatenate(targets)),
-        sources=torch.from_numpy(np.concatenate(sources)),
-        owners=torch.from_numpy(np.concatenate(owners)),
-        ends=torch.tensor(np.array(ends)),
-        pairs=pair_numbers(comparisons),
-    )
+    grid = {"tokens": tokens, "positions": positions, "segments": segments}
+    flat = {"targets": targets, "sources": sources, "owners": owners}
+    arrays = grid | {name: np.concatenate(parts) for name, parts in flat.items()} | {"ends": np.array(ends)}
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return PairBatch(**tensors, pairs=pair_numbers(comparisons))
 
 
 def best_against_rest(comparison: C) -> C:

@@ -78,27 +78,23 @@ def all_max(x: Tensor) -> Tensor:
     return x if world_size() == 1 else _reduce(x.detach().clone(), dist.ReduceOp.MAX)
 
 
-def sum_each(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Every 0-d value added up over all processes, in float64 where there are several; all must have the same names."""
-    if world_size() == 1:
-        return dict(values)
-    total = all_sum(torch.stack([value.detach().cpu().double() for value in values.values()]))
-    return dict(zip(values, total.unbind(), strict=True))
-
-
 def add_up(
     parts: Sequence[Mapping[str, Tensor]], names: Sequence[str], *, maxima: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Each named value added up over micro-batches and processes; of `maxima` the largest.
+    """Each named 0-d value added up over micro-batches and processes; of `maxima` the largest, at least 0.
 
     parts  values of this process's micro-batches, which may be none; a part need not have every name
+    Of several processes all must ask for the same names; their sums are in float64.
     """
-    sums = {name: sum((part[name].cpu() for part in parts if name in part), torch.zeros(())) for name in names}
-    largest = {}
-    for name in maxima:
-        values = torch.stack([torch.zeros(()), *(part[name].cpu() for part in parts if name in part)])
-        largest[name] = all_max(values.double().max())
-    return {**sum_each(sums), **largest}
+
+    def of(name: str) -> list[Tensor]:
+        return [part[name].detach().cpu() for part in parts if name in part]
+
+    sums = {name: sum(of(name), torch.zeros(())) for name in names}
+    if world_size() > 1:
+        total = all_sum(torch.stack([value.double() for value in sums.values()]))
+        sums = dict(zip(names, total.unbind(), strict=True))
+    return sums | {name: all_max(torch.stack([torch.zeros(()), *of(name)]).double().max()) for name in maxima}
 
 
 def sum_gradients(model: nn.Module) -> None:

@@ -11,28 +11,20 @@ of reinforcement learning this is the environment: a prompt is the state, a whol
 ends with its reward. `find_sources` and `read_environment` take names, configurations and prompts, and no weights: a
 mistake ends the run before work is lost, and `--dry-run` needs no more.
 
-The worked example is a final answer that can be checked, as in ReFT (Luong et al. 2024, arXiv 2401.08967): `arithmetic`
-works the expression in the prompt out, and `AnswerKey` looks the answer up in a file of gsm8k's form:
-
-    # my_rewards.py
-    from minirlhf.reward_functions import AnswerKey
-    score = AnswerKey.read("gsm8k.train.jsonl.gz")        # --reward my_rewards:score --prompts gsm8k.train.jsonl.gz
-
-Left out: partial credit for the way to the answer. The reward says what is wanted, not how to get there.
+The worked example is a final answer that can be checked, `minirlhf.reward_functions:arithmetic` or a file of worked
+solutions: see evaluate/final_answers.py.
 """
 
 from __future__ import annotations
 
-import ast
+import functools
 import importlib
 import math
-import operator
 import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -115,22 +107,15 @@ def scores_of(function: RewardFunction, prompts: list[str], responses: list[str]
 
 def texts(encoding: tiktoken.Encoding, batch: Batch) -> tuple[list[str], list[str]]:
     """Prompts and responses of a batch as texts, without EOS."""
-
-    def text(ids: Sequence[int]) -> str:
-        return tokenizer.decode(encoding, [i for i in ids if i != encoding.eot_token])
-
     starts = zip(batch.tokens.tolist(), batch.prompt_lengths.tolist(), strict=True)
-    return [text(row[:length]) for row, length in starts], [text(ids) for ids in batch.response_ids()]
+    prompts = [tokenizer.response_text(encoding, row[:length]) for row, length in starts]
+    return prompts, [tokenizer.response_text(encoding, ids) for ids in batch.response_ids()]
 
 
 def total(parts: Sequence[Callable[[Batch], Tensor]]) -> Callable[[Batch], Tensor]:
     """The sum of several rewards; one alone is itself, bit for bit."""
 
-    def reward(batch: Batch) -> Tensor:
-        first, *others = (part(batch) for part in parts)
-        return sum(others, first)
-
-    return reward
+    return lambda batch: functools.reduce(torch.add, (part(batch) for part in parts))
 
 
 # ------------------------------------------------------------------------------------------------------- environment
@@ -223,82 +208,9 @@ def reward_of(
     return total(parts)
 
 
-# ----------------------------------------------------------------------------------------------------- final answers
-FINAL = re.compile(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
-
-
-def final_answer(text: str) -> Fraction | None:
-    """The number after the last `####`, as gsm8k marks it: commas and a dollar sign do not count; None without one.
-
-    Exact, so that 3, 3.0 and 3.00 are one answer and 0.1 is not 0.10000001.
-    """
-    found = FINAL.findall(text)
-    return Fraction(found[-1].replace(",", "")) if found else None
-
-
-OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-}
-EXPRESSION = re.compile(r"-?\d+(?: *[-+*] *-?\d+)+")
-
-
-def work_out(expression: str) -> Fraction:
-    """The value of sums, differences and products of whole numbers, e.g. 3 + 4 * 5."""
-
-    def value(node: ast.AST) -> Fraction:
-        match node:
-            case ast.Constant(value=int(number)):
-                return Fraction(number)
-            case ast.UnaryOp(operand=operand):  # the one sign that EXPRESSION lets through
-                return -value(operand)
-            case ast.BinOp(left=left, op=sign, right=right):
-                return OPERATORS[type(sign)](value(left), value(right))
-        raise ValueError(f"not arithmetic: {expression}")
-
-    return value(ast.parse(expression, mode="eval").body)
-
-
-def arithmetic(prompts: list[str], responses: list[str]) -> list[float]:
-    """1 where the final answer after `####` is the value of the prompt's last expression, else 0.
-
-    Raises UserError for a prompt without an expression such as 12 + 7 - 3.
-    """
-    scores = []
-    for prompt, response in zip(prompts, responses, strict=True):
-        found = EXPRESSION.findall(prompt)
-        require(bool(found), f"no arithmetic in the prompt {prompt!r:.60}: this reward is for prompts like 12 + 7 - 3")
-        plain = re.sub(r"\b0+(?=\d)", "", found[-1])  # 007 is a number here, not a mistake
-        scores.append(float(final_answer(response) == work_out(plain)))
-    return scores
-
-
-class AnswerKey:
-    """Right or wrong by the final answers of known solutions: `key(prompts, responses)` -> 1 or 0 each.
-
-    solutions  (prompt, worked answer) pairs; one without a final answer, or two that differ, is a UserError
-    """
-
-    def __init__(self, solutions: Iterable[tuple[str, str]]) -> None:
-        self.answers: dict[str, Fraction] = {}
-        for prompt, solution in solutions:
-            answer = final_answer(solution)
-            if answer is None:
-                raise UserError(f"a solution without `#### answer`, of the prompt {prompt!r:.60}")
-            same = self.answers.setdefault(prompt, answer) == answer
-            require(same, f"two final answers to the prompt {prompt!r:.60}: {self.answers[prompt]} and {answer}")
-
-    @classmethod
-    def read(cls, source: str, *, split: str = "") -> AnswerKey:
-        """From demonstrations, read as all stages read them, so that prompts are the same texts."""
-        return cls((r["prompt"], r["response"]) for r in data.load(source, "demonstrations", split=split))
-
-    def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        for prompt in prompts:
-            known = prompt in self.answers
-            require(known, f"no known answer to the prompt {prompt!r:.60}; was it cut to fit the model?")
-        return [
-            float(final_answer(response) == self.answers[prompt])
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+def __getattr__(name: str) -> Any:
+    """The worked example by this module's name too: `minirlhf.reward_functions:arithmetic`, `AnswerKey`."""
+    examples = importlib.import_module("minirlhf.evaluate.final_answers")
+    if name in examples.EXAMPLES:
+        return getattr(examples, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

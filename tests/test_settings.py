@@ -23,7 +23,6 @@ CONFIGS = [
         f"minirlhf.{module}.Config"
         for module in (
             "__main__",
-            "ablate",
             "evaluate.comparison",
             "evaluate",
             "online_dpo",

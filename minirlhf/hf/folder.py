@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from minirlhf.files import write_atomically
 from minirlhf.hf.hub import INDEX, WEIGHTS, weight_files
 from minirlhf.runtime import UserError
 
@@ -94,10 +95,7 @@ def write_config(
         **(extra or {}),
     }
     Path(folder).mkdir(parents=True, exist_ok=True)
-    text = json.dumps(settings, indent=2, sort_keys=True) + "\n"
-    partial = Path(folder) / "config.json.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(Path(folder) / "config.json")
+    write_atomically(Path(folder) / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _file_name(name: str) -> str:
@@ -135,45 +133,26 @@ def read_tensors(model: nn.Module, folder: str | os.PathLike[str], *, tied_head:
     if missing:
         raise CheckpointError(f"{Path(folder) / INDEX}: no {', '.join(missing)} beside it; fetch the whole model")
     with contextlib.ExitStack() as stack:
-        tensors = _Tensors()
+        file_of: dict[str, Any] = {}  # the open file of each tensor, which is read when it is asked for
         for part in paths:
             try:
-                tensors.add(stack.enter_context(safe_open(part, framework="pt")), part)
+                file = stack.enter_context(safe_open(part, framework="pt"))
             except SafetensorError as error:
                 raise CheckpointError(f"{part}: not a safetensors file ({error}); save the model again") from error
-        _assign(model, tensors, path, tied_head=tied_head)
+            twice = sorted(file_of.keys() & set(file.keys()))
+            if twice:
+                raise CheckpointError(f"{part}: {', '.join(twice)} is in another part too; save the model again")
+            file_of |= dict.fromkeys(file.keys(), file)
+        _assign(model, file_of, path, tied_head=tied_head)
 
 
-class _Tensors:
-    """The tensors of one or several open safetensors files, each read when it is asked for."""
-
-    def __init__(self) -> None:
-        self.file_of: dict[str, Any] = {}
-
-    def add(self, file: Any, path: Path) -> None:
-        """Add all tensors of an open file; raises CheckpointError where one of that name is in another."""
-        twice = sorted(self.file_of.keys() & set(file.keys()))
-        if twice:
-            raise CheckpointError(f"{path}: {', '.join(twice)} is in another part too; save the model again")
-        self.file_of |= dict.fromkeys(file.keys(), file)
-
-    def keys(self) -> list[str]:
-        return list(self.file_of)
-
-    def get_slice(self, name: str) -> Any:
-        return self.file_of[name].get_slice(name)
-
-    def get_tensor(self, name: str) -> torch.Tensor:
-        return self.file_of[name].get_tensor(name)
-
-
-def _assign(model: nn.Module, file: _Tensors, path: Path, *, tied_head: bool) -> None:
+def _assign(model: nn.Module, file_of: dict[str, Any], path: Path, *, tied_head: bool) -> None:
     parameters = {_file_name(name): (name, parameter) for name, parameter in model.named_parameters()}
     stored, wrong = {}, []
-    for key in sorted(file.keys()):
+    for key in sorted(file_of):
         bare = key.removeprefix("transformer.")
         name = bare if bare.startswith(("lm_head.", "score.")) else f"transformer.{bare}"
-        if STORED_MASK.fullmatch(bare) or (tied_head and name == "lm_head.weight" and _repeats_embedding(file, key)):
+        if STORED_MASK.fullmatch(bare) or (tied_head and name == "lm_head.weight" and _repeats_embedding(file_of, key)):
             continue
         if name not in parameters or name in stored:
             wrong.append(f"unexpected {key}")
@@ -182,7 +161,7 @@ def _assign(model: nn.Module, file: _Tensors, path: Path, *, tied_head: bool) ->
     for name in parameters.keys() & stored.keys():
         parameter = parameters[name][1]
         expected = tuple(parameter.T.shape if CONV1D_WEIGHT.fullmatch(name) else parameter.shape)
-        piece = file.get_slice(stored[name])
+        piece = file_of[stored[name]].get_slice(stored[name])
         found = tuple(piece.get_shape())
         if found != expected or piece.get_dtype() not in FLOAT_TYPES:
             wrong.append(f"{stored[name]} is {piece.get_dtype()} {found} and not floating-point {expected}")
@@ -190,7 +169,7 @@ def _assign(model: nn.Module, file: _Tensors, path: Path, *, tied_head: bool) ->
         kind = type(model).__name__
         raise CheckpointError(f"{path}: {'; '.join(sorted(wrong))}; give a folder that holds a {kind} as configured")
     for name, (ours, _) in parameters.items():
-        tensor = file.get_tensor(stored[name])
+        tensor = file_of[stored[name]].get_tensor(stored[name])
         tensor = tensor.T if CONV1D_WEIGHT.fullmatch(name) else tensor
         # A fresh copy: the file may be mapped into memory, and is then neither aligned nor ours to keep.
         tensor = tensor.clone(memory_format=torch.contiguous_format)
@@ -198,8 +177,9 @@ def _assign(model: nn.Module, file: _Tensors, path: Path, *, tied_head: bool) ->
         setattr(model.get_submodule(owner), leaf, nn.Parameter(tensor))
 
 
-def _repeats_embedding(file: _Tensors, head: str) -> bool:
+def _repeats_embedding(file_of: dict[str, Any], head: str) -> bool:
     """True where the head that a file stores is its token embedding."""
     embedding = head.replace("lm_head.", "wte.")
-    embedding = embedding if embedding in file.keys() else f"transformer.{embedding}"
-    return embedding in file.keys() and torch.equal(file.get_tensor(head), file.get_tensor(embedding))
+    embedding = embedding if embedding in file_of else f"transformer.{embedding}"
+    both = [file_of[name].get_tensor(name) for name in (head, embedding) if name in file_of]
+    return len(both) == 2 and torch.equal(*both)

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from minirlhf.files import discard, file_hash, sync, sync_folder, write_atomically
-from minirlhf.runs.log import LOGS, TRACKED
+from minirlhf.runs.log import LOGS, TRACKED, plain
 from minirlhf.runtime import UserError, require
 
 FORMAT = 1
@@ -153,11 +153,6 @@ def check_same(where: Path, written: Mapping[str, Any], config: Mapping[str, Any
     require(len(before) == len(inputs), f"{where}: the run began with {len(before)} input files, now {len(inputs)}")
     for (path, now), then in zip(inputs.items(), before, strict=True):
         require(now == then, f"{path}: altered since {where} was written; restore it, or start again without --resume")
-
-
-def plain(value: Any) -> Any:
-    """A setting as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
 
 
 def regular_file(path: Path) -> os.stat_result:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,28 +29,23 @@ class History:
 
     def newest(self, name: str, count: int = 1) -> float:
         """Mean of a metric over the newest `count` rows."""
-        return mean([row[name] for row in itertools.islice(reversed(self.rows), count)])
+        return statistics.fmean([row[name] for row in itertools.islice(reversed(self.rows), count)])
 
     def oldest(self, name: str, count: int) -> float:
         """Mean of a metric over the first `count` rows."""
-        return mean([row[name] for row in self.rows[:count]])
-
-
-def mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+        return statistics.fmean([row[name] for row in self.rows[:count]])
 
 
 # ----------------------------------------------------------------------------------------------------------------- PPO
 def first_ratio(run: History) -> str | None:
     """The ratio before any update is 1, but for rounding: more of it in half types, where sampling differs too."""
     deviation, limit = run.newest("first_ratio_deviation"), 1e-4 if run.newest("sampling_gap") == 0 else 2e-2
-    if deviation <= limit:
-        return None
-    return (
+    message = (
         f"a ratio is off 1 by {deviation:.2g} before the first update (first_ratio_deviation, at most {limit:g}): old "
         "and new log-probabilities are computed differently, and all that is learned from them is wrong. Compare "
         "temperature, padding and number format of sampling and training; try --dtype float32"
     )
+    return message if deviation > limit else None
 
 
 def negative_kl(run: History) -> str | None:
@@ -83,12 +79,11 @@ def large_kl(run: History) -> str | None:
 
 def clipped(run: History) -> str | None:
     share = run.newest("clip_fraction")
-    if share <= 0.5:
-        return None
-    return (
+    message = (
         f"the clip removes the gradient of {share:.0%} of the tokens (clip_fraction, healthy up to 30 %): most of each "
         "rollout is thrown away. Lower --learning-rate or --epochs, or set --stop-kl 0.02"
     )
+    return message if share > 0.5 else None
 
 
 def useless_values(run: History) -> str | None:
@@ -97,13 +92,12 @@ def useless_values(run: History) -> str | None:
     A little below 0 is what one that has yet to learn looks like, and adds next to nothing to the advantages.
     """
     share = run.newest("explained_variance", 5)
-    if share >= -0.1:
-        return None
-    return (
+    message = (
         f"the value model is worse than a constant (explained_variance {share:.2f}, mean of 5 iterations): its errors "
         "go into the advantages. Lower --value-learning-rate, raise --value-clip, or do without it: --advantages rloo "
         "--group-size 4"
     )
+    return message if share < -0.1 else None
 
 
 def longer_answers(run: History) -> str | None:
@@ -120,35 +114,32 @@ def longer_answers(run: History) -> str | None:
 
 def equal_rewards(run: History) -> str | None:
     spread, score = run.newest("score_std"), run.newest("score")
-    if spread > 1e-6 * max(1.0, abs(score)):
-        return None
-    return (
+    message = (
         f"every response of the rollout has the score {score:.4g} (score_std 0): there is nothing to prefer "
         "and nothing is learned. Look at the reward and at what the policy writes; if this is the highest score "
         "there is, the training has done its work"
     )
+    return message if spread <= 1e-6 * max(1.0, abs(score)) else None
 
 
 def never_ends(run: History) -> str | None:
     share = run.newest("eos_rate")
-    if share > 0.01:
-        return None
-    return (
+    message = (
         f"{share:.0%} of the responses end by themselves (eos_rate): all are cut off at --max-new-tokens, and with "
         "--missing-eos-score they are not scored by the reward model. Raise --max-new-tokens, or start from a model "
         "that was trained on whole responses (train_sft.py)"
     )
+    return message if share <= 0.01 else None
 
 
 def collapsed(run: History) -> str | None:
     """A tenth of the first iterations' entropy; in the demo it falls to four tenths."""
     entropy, before = run.newest("entropy", 3), run.oldest("entropy", 3)
-    if entropy >= 0.1 * before:
-        return None
-    return (
+    message = (
         f"the entropy fell from {before:.2g} to {entropy:.2g} nats a token (entropy): the policy writes one answer and "
         "explores nothing any more. Raise --beta, lower --learning-rate, or stop at an earlier checkpoint"
     )
+    return message if entropy < 0.1 * before else None
 
 
 # -------------------------------------------------------------------------------------------------- reward model, DPO
@@ -162,13 +153,12 @@ def chance(run: History) -> str | None:
         name, share = "accuracy", run.newest("accuracy", 50)
     else:
         return None
-    if share >= 0.55:
-        return None
-    return (
+    message = (
         f"{share:.0%} of the pairs are in the right order ({name}), and chance gives 50 %: nothing is learned of the "
         "preferences. See whether chosen and rejected are exchanged or prompts cut off, whether people agree (python "
         "-m minirlhf.feedback stats), and try a higher --learning-rate"
     )
+    return message if share < 0.55 else None
 
 
 def both_fall(run: History) -> str | None:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import importlib.util
 import json
 import os
@@ -15,7 +16,7 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,16 +83,6 @@ class Progress:
 TRACKED = "tracked"
 
 
-class Tracker(Protocol):
-    """Where the rows of a stage go."""
-
-    def row(self, step: int, values: Mapping[str, float]) -> None:
-        """The metrics of a finished step."""
-
-    def close(self) -> None:
-        """Write what is left."""
-
-
 def require_tracker(name: TrackerName | None) -> None:
     """Raise UserError where the tracker's package is missing."""
     found = importlib.util.find_spec(name) if name else None
@@ -100,49 +91,9 @@ def require_tracker(name: TrackerName | None) -> None:
     require(there, f"--track {name}: this package is not installed; install it with `pip install {name}`")
 
 
-def start_tracker(name: TrackerName | None, folder: Path, config: Mapping[str, Any], *, done: int) -> Tracker | None:
-    """The tracker of the stage in `folder`, None without one. `done` steps stand in it from an earlier process."""
-    if name is None:
-        return None
-    (folder / TRACKED).mkdir(exist_ok=True)
-    return TensorBoard(folder, done) if name == "tensorboard" else WeightsAndBiases(folder, config)
-
-
-class TensorBoard:
-    """Event files that `tensorboard --logdir` shows; what follows step `done` is replaced."""
-
-    def __init__(self, folder: Path, done: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.writer = SummaryWriter(str(folder / TRACKED), purge_step=done or None)
-
-    def row(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class WeightsAndBiases:
-    """A run of the project `minirlhf`, named after the run's folder and the stage."""
-
-    def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        import wandb
-
-        self.run = wandb.init(
-            project="minirlhf",
-            name=f"{folder.absolute().parent.name}/{folder.name}",
-            dir=str(folder / TRACKED),
-            config=dict(config),
-            mode=os.environ.get("WANDB_MODE", "offline"),
-        )
-
-    def row(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
+def _start_tracker(name: TrackerName | None, folder: Path, config: Mapping[str, Any], *, done: int) -> Any:
+    """The tracker of the stage, None without one; loaded by name, because a run without one needs none."""
+    return importlib.import_module("minirlhf.runs.track").start(name, folder, config, done=done) if name else None
 
 
 Value = float | int | Tensor
@@ -171,9 +122,9 @@ class RunLog:
         done: int = 0,
     ) -> None:
         self.folder = folder
-        self.started = self.last = time.perf_counter()
+        self.last = time.perf_counter()
         description = {
-            "config": {k: _plain(v) for k, v in dataclasses.asdict(config).items()},
+            "config": {k: plain(v) for k, v in dataclasses.asdict(config).items()},
             "inputs": {str(path): source_hash(path) for path in inputs},
             "models": {str(path): source_hash(path) for path in models},
             "versions": versions(),
@@ -189,7 +140,7 @@ class RunLog:
         for name, size in (keep or {}).items():
             os.truncate(self.folder / name, size)
         self._metrics, self._timing = ((self.folder / name).open("a", encoding="utf-8") for name in LOGS)
-        self._tracker = start_tracker(getattr(config, "track", None), folder, description["config"], done=done)
+        self._tracker = _start_tracker(getattr(config, "track", None), folder, description["config"], done=done)
         self._progress = Progress(folder.name, steps=steps, done=done)
 
     def row(self, step: int, values: Mapping[str, Value], *, tokens: int) -> None:
@@ -216,14 +167,13 @@ class RunLog:
         paths = {name: self.folder / name for name in LOGS}
         return {name: {"size": path.stat().st_size, "sha256": file_hash(path)} for name, path in paths.items()}
 
-    def close(self) -> float:
-        """Close the files; returns the stage's seconds."""
+    def close(self) -> None:
+        """Close the files."""
         self._progress.close()
         if self._tracker:
             self._tracker.close()
         self._metrics.close()
         self._timing.close()
-        return time.perf_counter() - self.started
 
 
 def read_rows(folder: Path) -> list[dict[str, float]]:
@@ -240,5 +190,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "minirlhf": own}
 
 
-def _plain(value: Any) -> Any:
-    return str(value) if isinstance(value, Path) else value
+def plain(value: Any) -> Any:
+    """A setting as JSON gives it back."""
+    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
