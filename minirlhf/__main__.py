@@ -25,7 +25,7 @@ from minirlhf.evaluate import calibration, evaluation
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.files import fresh_folder, write_json
 from minirlhf.report import write_report
-from minirlhf.runs import lock
+from minirlhf.runs import checkpoint
 
 
 @dataclass
@@ -69,8 +69,8 @@ STAGES: dict[str, tuple[Callable[[Any], object], type]] = {
 
 def main(config: Config) -> dict[str, float]:
     """Run every stage in turn; returns the seconds each took."""
-    with lock.only_writer(config.run):
-        lock.require_unlocked(config.run)  # by a stage that was started by itself
+    with checkpoint.only_writer(config.run):
+        checkpoint.require_unlocked(config.run)  # by a stage that was started by itself
         return run_stages(config)
 
 

@@ -36,6 +36,14 @@ def adamw(
     return optimizer
 
 
+def allocate_moments(optimizer: torch.optim.AdamW) -> None:
+    """Give every parameter the zeros that fused AdamW would give it at its first step; changes no update."""
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+        optimizer.state[parameter] = {"step": step, **moments}
+
+
 def linear_schedule(step: int, total_steps: int, *, warmup_steps: int = 0) -> float:
     """The factor for the learning rate at `step`: up to 1 over the warm-up, then linearly to 0 at `total_steps`."""
     if step < warmup_steps:

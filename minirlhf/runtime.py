@@ -36,10 +36,10 @@ class Interrupted(KeyboardInterrupt):
         self.number = number
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise UserError(message) unless the condition holds."""
+def require(condition: bool, message: str, kind: type[UserError] = UserError) -> None:
+    """Raise `kind` with the message unless the condition holds."""
     if not condition:
-        raise UserError(message)
+        raise kind(message)
 
 
 class Stream(enum.IntEnum):

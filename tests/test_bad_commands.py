@@ -27,7 +27,7 @@ from minirlhf.files import write_records
 from minirlhf.hf import folder
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel
-from minirlhf.runs import checkpoint, lock
+from minirlhf.runs import checkpoint
 
 ROOT = Path(__file__).parent.parent
 PAIR = {"prompt": "p:", "chosen": " a", "rejected": " b"}
@@ -111,7 +111,7 @@ ROWS: list[tuple[str, str, str]] = [
     ("sft", "--tokenizer {file}", "no tokenizer in"),
     # a run that cannot go on
     ("dpo", "--resume --beta 0.4", "--beta 0.4 (was 0.3); --resume needs the same"),
-    ("dpo", "--resume --stage dpo2", "is of the stage 'dpo', not of 'dpo2'"),
+    ("dpo", "--resume --stage dpo2", "manifest.json: of the stage dpo, not dpo2"),
     ("dpo", "--resume --stage dpo3", "manifest.json: not what was written"),
 ]
 # Malformed files, each met by a script that reads such a file.
@@ -245,7 +245,7 @@ def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
     if not process:
         os.setuid(65_534)  # the superuser may write everywhere
         try:
-            lock.require_writable(tmp_path / "run")
+            checkpoint.require_writable(tmp_path / "run")
         except Exception as error:
             os._exit(7 if "read-only for you; give another --run" in str(error) else 1)
         os._exit(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
@@ -13,16 +14,24 @@ from test_resume import exit_code, forked, new_run, wait_for
 
 import train_dpo
 from minirlhf import __main__ as pipeline
-from minirlhf.runs import checkpoint, lock
-from minirlhf.runs.lock import lock_file
+from minirlhf.runs import checkpoint
 from minirlhf.runtime import UserError
+
+
+def lock_file(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def lock_files(folder: Path) -> list[str]:
+    """Names of what a writer of `folder` has put beside it."""
+    return sorted(path.name for path in folder.parent.glob(f".{folder.name}*"))
 
 
 def hold(folder: Path, signs: Path) -> int:
     """A process that writes `folder` until it is killed; returns its id once it does."""
 
     def work() -> None:
-        with lock.only_writer(folder):
+        with checkpoint.only_writer(folder):
             (signs / "held").touch()
             time.sleep(20)
 
@@ -38,7 +47,9 @@ def test_another_process_is_named_and_nothing_is_touched(tmp_path: Path) -> None
     holder = hold(run / "dpo", tmp_path)
     for resume in (False, True):
         (run / "dpo" / "stage.json").write_text('{"finished": false}')
-        with pytest.raises(UserError, match=f"dpo: process {holder} is writing there; wait .* another --run"):
+        with pytest.raises(
+            UserError, match=f"dpo: process {holder} is writing there; wait for its end .* another --run"
+        ):
             tiny.run_stage("dpo", run, resume=resume)
     with pytest.raises(UserError, match=f"process {holder} is writing there"):
         pipeline.main(pipeline.Config(run=run, device="cpu"))  # would move the whole run aside
@@ -46,9 +57,9 @@ def test_another_process_is_named_and_nothing_is_touched(tmp_path: Path) -> None
     assert changed == {run / "dpo" / "stage.json"} and not list(tmp_path.glob("run.*"))
     # Killed, not ended in order: its lock goes with it.
     os.kill(holder, signal.SIGKILL)
-    assert exit_code(holder) is None and lock_file(run / "dpo").exists()
+    assert exit_code(holder) is None and lock_files(run / "dpo") == [".dpo.lock", ".dpo.pid"]
     tiny.run_stage("dpo", run, resume=True)
-    assert not lock_file(run / "dpo").exists()
+    assert not lock_files(run / "dpo")
 
 
 def test_a_stage_gives_its_lock_back_however_it_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -56,7 +67,7 @@ def test_a_stage_gives_its_lock_back_however_it_ends(tmp_path: Path, monkeypatch
     held = []
 
     def look(*args: object, **kwargs: object) -> None:
-        held.append(lock_file(run / "dpo").read_text())
+        held.append(lock_file(run / "dpo").with_suffix(".pid").read_text())
         raise RuntimeError("stop here")
 
     with monkeypatch.context() as patch:
@@ -68,8 +79,9 @@ def test_a_stage_gives_its_lock_back_however_it_ends(tmp_path: Path, monkeypatch
         with pytest.raises(RuntimeError, match="stop here"):
             tiny.run_stage("dpo", run)
     assert held == [str(os.getpid())] * 2
-    with lock.only_writer(run / "dpo"):
+    with checkpoint.only_writer(run / "dpo"):
         assert lock_file(run / "dpo").exists()
+    assert not lock_files(run / "dpo")
 
 
 def test_other_stages_of_the_run_may_go_on(tmp_path: Path) -> None:
@@ -80,20 +92,29 @@ def test_other_stages_of_the_run_may_go_on(tmp_path: Path) -> None:
     exit_code(holder)
 
 
-def test_a_lock_file_that_its_holder_removed_meanwhile_is_not_taken_for_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between our opening the file and our locking it the last holder removes it: a third process makes a new one."""
-    opened, folder = os.open, tmp_path / "stage"
-    removed = []
+def test_a_lock_that_its_holder_removes_while_others_take_it_never_has_two_holders(tmp_path: Path) -> None:
+    """Three processes take it and give it back as fast as they can; each would meet another's mark inside."""
+    folder, mark = tmp_path / "stage", tmp_path / "mark"
 
-    def late(path: Path, *args: object) -> int:
-        number = opened(path, *args)
-        if not removed:
-            removed.append(path)
-            Path(path).unlink()
-        return number
+    def work() -> None:
+        until = time.monotonic() + 2
+        while time.monotonic() < until:
+            with contextlib.suppress(UserError), checkpoint.only_writer(folder):
+                mark.mkdir()  # fails where another is inside
+                mark.rmdir()
 
-    monkeypatch.setattr(os, "open", late)
-    with lock.only_writer(folder):
-        assert removed == [lock_file(folder)] and lock_file(folder).exists()
+    processes = [forked(work, tmp_path / f"errors{number}") for number in range(3)]
+    assert [exit_code(process) for process in processes] == [0] * 3
+    assert not lock_files(folder)
+
+
+def test_links_in_place_of_its_files_are_not_followed(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("victim")
+    (tmp_path / ".stage.pid").symlink_to(victim)
+    with checkpoint.only_writer(tmp_path / "stage"):
+        pass
+    (tmp_path / ".stage.lock").symlink_to(victim)
+    with pytest.raises(OSError, match="symbolic links"), checkpoint.only_writer(tmp_path / "stage"):
+        pass
+    assert victim.read_text() == "victim"

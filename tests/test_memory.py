@@ -21,7 +21,7 @@ from minirlhf import model as model_module
 from minirlhf.files import write_records
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel, ValueModel
-from minirlhf.runs import checkpoint
+from minirlhf.runs import checkpoint, stage
 from minirlhf.runs.log import read_rows
 from minirlhf.runs.plan import FIRST_ELSEWHERE, is_out_of_memory
 from minirlhf.runtime import UserError
@@ -72,7 +72,7 @@ def test_auto_halves_until_it_fits_and_then_is_that_number(
     assert len(said) == halvings and said[-1].endswith(f" {tokens} are tried")  # once each, and never again
 
 
-# Calls of `train_step` after whose optimizer step memory runs out: in the first there were no moments before.
+# Calls of `train_step` after whose optimizer step memory runs out: before the first, all moments are zeros.
 @pytest.mark.parametrize(("name", "call"), [(n, c) for n in MODULES for c in (1, 6 if n == "ppo" else 2)])
 def test_a_step_that_starts_again_leaves_no_trace(name: str, call: int, tmp_path: Path) -> None:
     """All rows fit in one micro-batch, before and after the halving: the bits are those of a run without it."""
@@ -112,6 +112,15 @@ def test_where_a_single_row_does_not_fit_the_error_says_what_else_to_try(tmp_pat
         words = r"^sft, step 0: out of memory with --micro-batch-tokens 1 --batch-size 8; the peak was [\d.]+ GiB. "
         with pytest.raises(UserError, match=words + "Try --gradient-checkpointing, then --batch-size 4; --gradient"):
             run("sft", folder)
+
+
+def test_moments_that_do_not_fit_are_said_before_the_first_step(tmp_path: Path) -> None:
+    folder = new_run("sft", tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        stop_at(patch, stage, "allocate_moments", 1, error=torch.OutOfMemoryError)
+        with pytest.raises(UserError, match="^sft: out of memory for the optimizer's moments; take a smaller model"):
+            run("sft", folder)
+    assert not (folder / "sft").exists()
 
 
 def test_other_errors_are_not_taken_for_it(tmp_path: Path) -> None:

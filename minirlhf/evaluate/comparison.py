@@ -35,7 +35,7 @@ from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
-from minirlhf.runs import lock
+from minirlhf.runs.checkpoint import require_writable
 from minirlhf.runtime import Stream, project_file, require, resolve_device
 from minirlhf.tokenizer import response_text, same_ids
 
@@ -122,7 +122,7 @@ def open_contest(config: Config) -> Contest:
     only = "is for a judge that sees both answers; give --judge-model"
     require(asks_both or not config.instruction, f"--instruction: {only}")
     require(asks_both or config.orders == "both", f"--orders: {only}")
-    lock.require_writable(config.out, flag="--out")
+    require_writable(config.out, flag="--out")
     device = resolve_device(config.device)
     folders = [ModelFolder.find(source, GPT) for source in config.models]
     prompts = [r["prompt"] for r in data.load(config.prompts, "prompts", split=config.split)][: config.max_prompts]

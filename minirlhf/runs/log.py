@@ -124,7 +124,7 @@ class RunLog:
         self.folder = folder
         self.last = time.perf_counter()
         description = {
-            "config": {k: plain(v) for k, v in dataclasses.asdict(config).items()},
+            "config": plain(dataclasses.asdict(config)),
             "inputs": {str(path): source_hash(path) for path in inputs},
             "models": {str(path): source_hash(path) for path in models},
             "versions": versions(),
@@ -190,6 +190,6 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "torch": torch.__version__, "minirlhf": own}
 
 
-def plain(value: Any) -> Any:
-    """A setting as JSON gives it back."""
-    return list(value) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+def plain(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as JSON gives them back."""
+    return json.loads(json.dumps(config, default=str))

@@ -36,8 +36,9 @@ from minirlhf import distributed, tokenizer
 from minirlhf.config import RunConfig
 from minirlhf.files import source_hash
 from minirlhf.model import GPT
+from minirlhf.optim import allocate_moments
 from minirlhf.reward import RewardModel
-from minirlhf.runs import checkpoint, lock, plan
+from minirlhf.runs import checkpoint, plan
 from minirlhf.runs.card import write_model_card
 from minirlhf.runs.checkpoint import MARKER, DiskFull, Manifest, Parts
 from minirlhf.runs.health import HINTS, Hints
@@ -75,7 +76,7 @@ class Stage:
         self._quality: float | None = None
         require_number_for_several(config)
         require_tracker(getattr(config, "track", None))
-        lock.require_writable(self.folder)
+        checkpoint.require_writable(self.folder)
 
     @property
     def finished(self) -> bool:
@@ -122,13 +123,28 @@ class Stage:
         """
         self.state, self.steps, self.best = state, steps, best
         self.checkpoint_every = getattr(self.config, "checkpoint_every", 1)
-        self.nbytes = checkpoint.expected(state).nbytes if state is not None else 0
+        fields = vars(state).values() if state is not None else ()
+        self._optimizers = [value for value in fields if isinstance(value, Optimizer)]
+        self._allocate()
+        self.nbytes = checkpoint.parts(state).nbytes if state is not None else 0
         with contextlib.ExitStack() as locked:
             if distributed.is_writer():
-                locked.enter_context(lock.only_writer(self.folder))
+                locked.enter_context(checkpoint.only_writer(self.folder))
             self._begin()
             self._lock = locked.pop_all()
         return self
+
+    def _allocate(self) -> None:
+        """Make the optimizers' moments, so that the state is of its full size from here on."""
+        try:
+            for optimizer in self._optimizers:
+                allocate_moments(optimizer)
+        except (RuntimeError, MemoryError) as error:
+            way = "take a smaller model or another --device"
+            require(
+                not is_out_of_memory(error), f"{self.folder.name}: out of memory for the optimizer's moments; {way}"
+            )
+            raise
 
     def _begin(self) -> None:
         """In every process: the writer opens the folder, then the others read what it goes on from."""
@@ -160,7 +176,7 @@ class Stage:
         )
         kept = read_rows(self.folder) if manifest else ()
         self.hints = Hints(self.folder, self.config, steps=self.steps, rows=kept)
-        checkpoint.mark_begun(self.folder)
+        checkpoint.mark(self.folder, finished=False)
         there = len(list(self.root.glob("[0-9]*")))
         checkpoint.require_space(self.folder, (KEPT - min(there, KEPT - 1)) * self.nbytes)
 
@@ -189,10 +205,8 @@ class Stage:
             require(not other, f"{self.folder.name}: process {other} and process 0 would not train the same: {same}")
 
     def __enter__(self) -> Self:
-        kept = self.state is not None and distributed.is_writer()
-        fields = vars(self.state).values() if kept else ()
-        optimizers = [value for value in fields if isinstance(value, Optimizer)]
-        self._hooks = [optimizer.register_step_pre_hook(self._before_update) for optimizer in optimizers]
+        kept = self._optimizers if distributed.is_writer() else []
+        self._hooks = [optimizer.register_step_pre_hook(self._before_update) for optimizer in kept]
         return self
 
     def _before_update(self, *_: object) -> None:
@@ -257,7 +271,7 @@ class Stage:
         manifest = Manifest(
             stage=self.folder.name,
             step=self.done,
-            config={name: checkpoint.plain(value) for name, value in vars(self.config).items()},
+            config=checkpoint.plain(vars(self.config)),
             inputs=self._hashes(),
             logs=self.log.sync(),
             versions=versions(),
@@ -289,7 +303,8 @@ class Stage:
                 self._save_last()
         self.log.close()
         if error is None:
-            checkpoint.mark_finished(self.folder, vars(self.config), self._hashes())
+            made, config = checkpoint.outputs(self.folder), checkpoint.plain(vars(self.config))
+            checkpoint.mark(self.folder, finished=True, config=config, inputs=self._hashes(), outputs=made)
 
     def _save_last(self) -> None:
         """Save the last finished step on the way out of an error, which stays the one that is reported."""
