@@ -36,7 +36,7 @@ def adamw(
     return optimizer
 
 
-def allocate_moments(optimizer: torch.optim.AdamW) -> None:
+def allocate_moments(optimizer: torch.optim.Optimizer) -> None:
     """Give every parameter the zeros that fused AdamW would give it at its first step; changes no update."""
     for parameter in (p for group in optimizer.param_groups for p in group["params"]):
         step = torch.zeros((), dtype=torch.float32, device=parameter.device)

@@ -81,7 +81,8 @@ def parts(state: object) -> Parts:
     """The parts of `state`, a dataclass; the tensors are the live ones, detached, the numbers are copies."""
     models = {name: value for name, value in vars(state).items() if isinstance(value, nn.Module)}
     names = {id(p): f"{name}.{key}" for name, model in models.items() for key, p in model.named_parameters()}
-    tensors, numbers = {}, {}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
     for name, value in vars(state).items():
         if name in models:  # tied weights appear once
             named = {**dict(value.named_parameters()), **dict(value.named_buffers())}
@@ -92,7 +93,7 @@ def parts(state: object) -> Parts:
             groups = value.param_groups
             numbers[name] = [{**group, "params": [names[id(p)] for p in group["params"]]} for group in groups]
         else:
-            numbers[name] = dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value
+            numbers[name] = vars(value) if dataclasses.is_dataclass(value) else value
     return Parts(tensors, json.loads(json.dumps(numbers)))
 
 
@@ -114,7 +115,7 @@ def restore(state: object, stored: Parts) -> None:
 
 def _layout(parts: Parts) -> dict[str, Any]:
     """Types and shapes of the tensors, and the numbers' tree with a type in place of each."""
-    kinds = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), lambda _: int | float)
+    kinds: dict[str, Any] = dict.fromkeys(("parse_int", "parse_float", "parse_constant"), lambda _: int | float)
     tensors = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in parts.tensors.items()}
     return tensors | json.loads(json.dumps({f"{name} in state.json": n for name, n in parts.numbers.items()}), **kinds)
 
@@ -327,7 +328,7 @@ def load(folder: Path, state: object, *, stage: str, config: Mapping[str, Any], 
 def read_marker(folder: Path) -> dict[str, Any]:
     """What the marker in `folder` says; empty where there is none."""
     path = folder / MARKER
-    marker = None if os.path.lexists(path) else {}
+    marker: Any = None if os.path.lexists(path) else {}
     with contextlib.suppress(Damaged):
         marker = read(path)
     require(isinstance(marker, dict), f"{path}: not a JSON object in a plain file; remove it")

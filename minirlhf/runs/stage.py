@@ -38,19 +38,12 @@ from minirlhf.files import source_hash
 from minirlhf.model import GPT
 from minirlhf.optim import allocate_moments
 from minirlhf.reward import RewardModel
-from minirlhf.runs import checkpoint, plan
+from minirlhf.runs import checkpoint
+from minirlhf.runs import plan as planning
 from minirlhf.runs.card import write_model_card
 from minirlhf.runs.checkpoint import MARKER, DiskFull, Manifest, Parts
 from minirlhf.runs.health import HINTS, Hints
 from minirlhf.runs.log import LOGS, RunLog, Value, read_rows, require_tracker, versions
-from minirlhf.runs.plan import (
-    Plan,
-    explain_memory,
-    is_out_of_memory,
-    may_try_again,
-    require_number_for_several,
-    show_plan,
-)
 from minirlhf.runtime import DivergenceError, UserError, held_signals, require
 
 KEPT = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
@@ -74,7 +67,7 @@ class Stage:
         self.done = self.saved = 0  # steps that are finished, and how many of them the newest checkpoint holds
         self._undo: Parts | None = None  # the state before the unfinished step, once that has changed it
         self._quality: float | None = None
-        require_number_for_several(config)
+        planning.require_number_for_several(config)
         require_tracker(getattr(config, "track", None))
         checkpoint.require_writable(self.folder)
 
@@ -100,9 +93,9 @@ class Stage:
         print(f"{self.folder.name}: is finished")
         return True
 
-    def show(self, plan: Plan) -> Path:
+    def show(self, plan: planning.Plan) -> Path:
         """Print what the stage would do (`--dry-run`); returns the folder that its model would be in."""
-        show_plan(plan, self.config)
+        planning.show_plan(plan, self.config)
         return self.output
 
     def save(self, model: GPT | RewardModel, encoding: tiktoken.Encoding, *, objective: str) -> None:
@@ -142,7 +135,8 @@ class Stage:
         except (RuntimeError, MemoryError) as error:
             way = "take a smaller model or another --device"
             require(
-                not is_out_of_memory(error), f"{self.folder.name}: out of memory for the optimizer's moments; {way}"
+                not planning.is_out_of_memory(error),
+                f"{self.folder.name}: out of memory for the optimizer's moments; {way}",
             )
             raise
 
@@ -165,15 +159,8 @@ class Stage:
             results = {"rankings.jsonl"} if self.state is None else set()
             checkpoint.clear_begun(self.folder, logs={*LOGS, HINTS, "trace.jsonl"}, results=results)
         keep = {name: entry["size"] for name, entry in manifest.logs.items()} if manifest else None
-        self.log = RunLog(
-            self.folder,
-            self.config,
-            inputs=self.inputs,
-            models=self.models,
-            steps=self.steps,
-            keep=keep,
-            done=self.done,
-        )
+        read = {"inputs": self.inputs, "models": self.models}
+        self.log = RunLog(self.folder, self.config, **read, steps=self.steps, keep=keep, done=self.done)
         kept = read_rows(self.folder) if manifest else ()
         self.hints = Hints(self.folder, self.config, steps=self.steps, rows=kept)
         checkpoint.mark(self.folder, finished=False)
@@ -218,7 +205,7 @@ class Stage:
     @property
     def micro_batch_tokens(self) -> int:
         """Padded tokens a forward pass; with `--micro-batch-tokens auto`, as many as have been found to fit."""
-        return plan.micro_batch_tokens(self.config, self.state)
+        return planning.micro_batch_tokens(self.config, self.state)
 
     @contextlib.contextmanager
     def attempt(self) -> Iterator[int]:
@@ -231,7 +218,7 @@ class Stage:
         try:
             yield tokens
         except Exception as error:
-            if self.done > done or not may_try_again(error, self.config, tokens):
+            if self.done > done or not planning.may_try_again(error, self.config, tokens):
                 raise
         else:
             return
@@ -322,8 +309,8 @@ class Stage:
         where = f"{self.folder.name}, step {self.done}"
         if isinstance(error, DivergenceError):
             return DivergenceError(f"{where}: {error}")
-        if is_out_of_memory(error):
-            return UserError(f"{where}: {explain_memory(self.config, self.micro_batch_tokens)}")
+        if planning.is_out_of_memory(error):
+            return UserError(f"{where}: {planning.explain_memory(self.config, self.micro_batch_tokens)}")
         return checkpoint.disk_full(error, self.folder, self.nbytes) or error
 
     def _hashes(self) -> dict[str, str]:
