@@ -21,7 +21,6 @@ from fractions import Fraction
 from minirlhf import data
 from minirlhf.runtime import UserError, require
 
-EXAMPLES = ("AnswerKey", "arithmetic", "final_answer", "work_out")  # known to minirlhf.reward_functions too
 FINAL = re.compile(r"####\s*\$?(-?\d[\d,]*(?:\.\d+)?)")
 
 
