@@ -1,4 +1,4 @@
-"""The one noun that flows through everything: a right-padded batch, and how its rows are chosen and divided.
+"""The one noun that flows through everything: a right-padded batch; its micro-batches, and the order of the data.
 
 A row is prompt, response, padding, contiguous from column 0. `lengths` and `prompt_lengths` are the only truth about
 it: no mask is ever computed from token ids, so GPT-2 needs no padding token and a real EOS is never mistaken for one.

@@ -1,4 +1,4 @@
-"""Comparisons, and the batch in which the responses to a prompt share it.
+"""Comparisons, the batch in which the responses to a prompt share it, and their log-probabilities for DPO.
 
 A row is a prompt, its responses one after the other, and padding. A response reads its prompt and itself, never its
 neighbours, and has the positions it would have if it followed the prompt alone: the prompt is computed once, forward

@@ -1,4 +1,6 @@
-"""Settings that cannot hold nonsense: every number of a configuration declares its range, and is checked at once.
+"""Settings: what every stage is told, the ranges of numbers, and the command line.
+
+A setting cannot hold nonsense: every number declares its range, and is checked at once.
 
     @dataclass
     class Config(Settings):

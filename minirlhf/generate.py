@@ -1,4 +1,4 @@
-"""The sampling loop: batched generation with a KV cache.
+"""Sampling: draw a token by inverse CDF, decode many rows in slots with a KV cache, stream one.
 
 Every row draws from its own stream of random numbers, keyed by (seed, key), and samples by inverse CDF: its response
 depends on no other row, on no order, on no number of slots. The recorded log-probabilities are those of the

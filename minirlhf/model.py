@@ -1,7 +1,7 @@
-"""GPT-2; how its Hugging Face folder is read and written stands in hf_folder.py.
+"""GPT-2 with its attention; hf/folder.py reads and writes its Hugging Face folder.
 
 Rows are right-padded, so a causal mask keeps padding out of every real position: the full forward takes no attention
-mask, and positions are 0, 1, 2, ... in every row. Rows whose responses share a prompt (data/comparisons.py) bring their
+mask, and positions are 0, 1, 2, ... in every row. Rows whose responses share a prompt (comparisons.py) bring their
 own positions and an explicit mask. Log-probabilities are computed by `GPT.logprobs`, which gathers the
 hidden states that a loss reads before the (wide) head; no (B, T, V) tensor exists in training.
 Left out: dropout (it must be 0 in RL and DPO, and one-epoch training does not need it), top-k and top-p, and the
@@ -193,7 +193,7 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, C) after the final LayerNorm; with a cache, those of the tokens just given.
 
-        positions (B, T), visible (B, 1, T, T) bool  of rows whose responses share a prompt, see `data.PairBatch`; by
+        positions (B, T), visible (B, 1, T, T) bool  of rows whose responses share a prompt, see `comparisons.PairBatch`; by
         default a row is one sequence, with positions 0, 1, 2, ... and causal attention
         """
         width = tokens.shape[1]

@@ -1,4 +1,6 @@
-"""The maths of PPO for language models, equation by equation: tensors in, tensors out.
+"""PPO's maths: rewards with the KL penalty, GAE, clipped policy and value losses, the adaptive KL controller.
+
+Equation by equation: tensors in, tensors out.
 
 All per-token tensors are `(B, T-1)`: index t is the action that wrote token t+1, and values at t are V(state before
 that action). `mask` is true on the response including its EOS; results are exactly 0 elsewhere. Only `logprobs` in

@@ -1,4 +1,4 @@
-"""A scalar head on the GPT-2 trunk: the reward model, and PPO's value model.
+"""The reward model, a scalar head on the GPT-2 trunk, and its normalisation; the value model; ensembles.
 
 The reward model scores a whole row, read at its last real token; the value model gives one number a position, the
 expected return before the action there. Both own a deep copy of their trunk and share storage with nothing.

@@ -7,7 +7,7 @@ KL(pi || pi_sft) per sequence. For best-of-n, whose log-probability has no simpl
 log n - (n-1)/n (Beirami et al. 2024, arXiv 2401.01879).
 
     python -m minirlhf.evaluate --run runs/tiny      # writes <run>/summary.json and <run>/answers.jsonl
-    python -m minirlhf.evaluate runs/tiny/sft runs/tiny/ppo ...       # any models, see minirlhf/comparison.py
+    python -m minirlhf.evaluate runs/tiny/sft runs/tiny/ppo ...       # any models, see comparison.py
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The ranges are habits of the field and of the runs here, not laws: outside of one is a reason to look. A range holds
 where the stage ends; on the way there, a metric may pass through other values. docs/glossary.md says in words what to
 suspect outside, and `tests/test_report.py` that it has the ranges of this table, in bold. Health hints
-(minirlhf/hints.py) have wider limits: they are for what has gone wrong.
+(runs/health.py) have wider limits: they are for what has gone wrong.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The verdict in plain words: was PPO taken too far, and is each number where it should be?
 
 Over-optimised means that the judge's mark fell from its best while the reward that PPO maximises rose (Gao et al. 2022,
-arXiv 2210.10760). Both are measured on the same prompts with the same random numbers (minirlhf/trace.py), so the fall
+arXiv 2210.10760). Both are measured on the same prompts with the same random numbers (evaluate/trace.py), so the fall
 is a mean of differences by prompt, and counts where it is more than three standard errors: the best of several noisy
 points is above the last one by chance alone, and seldom by that much.
 """
