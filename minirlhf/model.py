@@ -193,8 +193,8 @@ class GPT(nn.Module):
     ) -> Tensor:
         """Hidden states (B, T, C) after the final LayerNorm; with a cache, those of the tokens just given.
 
-        positions (B, T), visible (B, 1, T, T) bool  of rows whose responses share a prompt, see `comparisons.PairBatch`; by
-        default a row is one sequence, with positions 0, 1, 2, ... and causal attention
+        positions (B, T), visible (B, 1, T, T) bool  of rows whose responses share a prompt, see
+        `comparisons.PairBatch`; by default a row is one sequence, with positions 0, 1, 2, ... and causal attention
         """
         width = tokens.shape[1]
         if positions is None and width > self.config.n_positions:
