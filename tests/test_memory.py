@@ -7,6 +7,7 @@ operating system, which limits the address space of a process of its own.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -183,15 +184,23 @@ def limited_run(folder: Path, tokens: int | str) -> Callable[[], None]:
     return work
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to know the size of the address space")
-def test_memory_that_the_system_refuses(long_rows: Path, tmp_path: Path) -> None:
-    given, auto = (tiny.copy_of(long_rows, tmp_path / name) for name in ("given", "auto"))
-    assert exit_code(forked(limited_run(given, 8192), tmp_path / "errors")) == 7
+def refused(long_rows: Path, folder: Path) -> None:
+    given, auto = (tiny.copy_of(long_rows, folder / name) for name in ("given", "auto"))
+    assert exit_code(forked(limited_run(given, 8192), folder / "errors")) == 7
     message = (given / "error").read_text()
     assert message.startswith("sft, step 0: out of memory with --micro-batch-tokens 8192 --batch-size 48; the peak was")
     assert "Try --micro-batch-tokens 4096, then --gradient-checkpointing, then --batch-size 24;" in message
-    assert exit_code(forked(limited_run(auto, "auto"), tmp_path / "errors")) == 0, (tmp_path / "errors").read_text()
+    assert exit_code(forked(limited_run(auto, "auto"), folder / "errors")) == 0, (folder / "errors").read_text()
     assert 0 < found(auto / "sft") < 4096 and len(read_rows(auto / "sft")) == 2
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux to know the size of the address space")
+def test_memory_that_the_system_refuses(long_rows: Path, tmp_path: Path) -> None:
+    """From a new process: a fork of this one would use again what the tests before it have freed."""
+    process = multiprocessing.get_context("spawn").Process(target=refused, args=(long_rows, tmp_path))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, "its traceback is in stderr"
 
 
 # --------------------------------------------------------------------------------------------- gradient checkpointing
