@@ -107,6 +107,17 @@ def test_every_function_and_test_that_a_page_names_exists() -> None:
             assert name in defined(ROOT / file), f"{page.name}: {file} has no {name}"
 
 
+def test_every_file_that_a_page_or_a_module_names_exists() -> None:
+    """The log and the changelog tell of what was; the list of features says what moved, and where to."""
+    files = [ROOT / name for name in ("README.md", "data/README.md", "studies/README.md")]
+    files += [page for page in PAGES if page.name != "log.md"] + list(ROOT.glob("*.py"))
+    files += [module for folder in ("minirlhf", "benchmarks", "studies") for module in (ROOT / folder).rglob("*.py")]
+    path = re.compile(r"\b(?:minirlhf|benchmarks|studies|tests|docs)/[\w/.-]+\.(?:py|md)\b")
+    for file in files:
+        for named in path.findall(file.read_text("utf-8")):
+            assert (ROOT / named).is_file(), f"{file.relative_to(ROOT)}: no file {named}"
+
+
 def test_every_row_of_the_tables_names_code() -> None:
     rows = [line for line in GLOSSARY.splitlines() if line.startswith("| `")]
     assert all(re.search(r"`[\w/.-]+\.py: [\w.]+` \|$", row) for row in rows)
