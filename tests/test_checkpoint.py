@@ -7,6 +7,7 @@ Each damage is done to a stage of `tiny` that has several checkpoints, and met w
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -324,6 +325,7 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
     "flipped bit in the manifest": lambda c: flip(c / "manifest.json", 0.5) or "manifest.json",
     "truncated file": lambda c: os.truncate(c / "state.safetensors", 5000) or "state.safetensors",
     "empty file": lambda c: os.truncate(c / "state.json", 0) or "state.json",
+    "longer file": lambda c: (c / "state.json").open("a").write(" ") and "state.json",
     "missing file": lambda c: (c / "state.safetensors").unlink() or "state.safetensors",
     "missing manifest": lambda c: (c / "manifest.json").unlink() or "manifest.json",
     "missing folder": lambda c: shutil.rmtree(c) or c.name,
@@ -386,6 +388,16 @@ def test_damage_is_one_clear_error_and_never_loaded(
         tiny.run_stage(name, run, resume=True, checkpoint_every=EVERY[name])
         ours, theirs = (load_file(r / name / "model" / "model.safetensors") for r in (run, tiny.finished_run()))
         assert tiny.equal(ours, theirs)
+
+
+def test_sizes_are_compared_before_any_content_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    state = new_state(1)
+    folder = save(tmp_path, state)
+    with (folder / "state.safetensors").open("ab") as file:
+        file.write(b"x")
+    monkeypatch.setattr(checkpoint, "file_hash", None)
+    with pytest.raises(UserError, match=r"state.safetensors: is not what step 0 left \(size or SHA-256\)"):
+        checkpoint.verify(folder)
 
 
 def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
@@ -476,6 +488,16 @@ def traversal_of_logs(folder: Path, victim: Path) -> None:
     seal(folder, logs={name: {"size": path.stat().st_size, "sha256": file_hash(path)} for name, path in files.items()})
 
 
+def sizes(size: object) -> Callable[[Path, Path], None]:
+    """Going on would cut the logs to a size that is none."""
+
+    def attack(folder: Path, victim: Path) -> None:
+        empty = hashlib.sha256().hexdigest()
+        seal(folder, logs={name: {"size": size, "sha256": empty} for name in LOGS})
+
+    return attack
+
+
 def link(folder: Path, victim: Path) -> None:
     shutil.move(folder / "state.safetensors", victim.with_name("elsewhere"))
     (folder / "state.safetensors").symlink_to(victim.with_name("elsewhere"))
@@ -524,6 +546,8 @@ MALICE: dict[str, Callable[[Path, Path], None]] = {
     "archive": replace_tensors(archive("../../../victim")),
     "path traversal": traversal,
     "path traversal of logs": traversal_of_logs,
+    "negative sizes": sizes(-1),
+    "sizes in words": sizes("0"),
     "link": link,
     "link to a folder": link_to_folder,
     "link of a log": link_of_logs,
