@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import os
@@ -199,7 +200,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=os.devnull, help="where retry writes its result")
     arguments = parser.parse_args()
     for library in LIBRARIES.split():  # once, not in every fork
-        __import__(library)
+        importlib.import_module(library)
     hypothesis.settings.register_profile("mutate", phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate])
     hypothesis.settings.load_profile("mutate")
     torch.set_num_threads(1)
