@@ -186,6 +186,27 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
     assert sorted(p.name for p in root.iterdir()) == ["00000006", "00000007", "latest"]
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux to know what is flushed")
+def test_all_is_flushed_before_it_is_named_and_latest_comes_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = new_state(1)
+    save(tmp_path, state)
+    root, events = tmp_path / "checkpoints", []
+    flush, rename, replace = os.fsync, Path.rename, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda n: events.append(os.readlink(f"/proc/self/fd/{n}")) or flush(n))
+    monkeypatch.setattr(Path, "rename", lambda a, b: events.append((str(a), str(b))) or rename(a, b))
+    monkeypatch.setattr(Path, "replace", lambda a, b: events.append((str(a), str(b))) or replace(a, b))
+    state.step = 1
+    save(tmp_path, state)
+    partial = str(root / ".saving-00000001")
+    named = events.index((partial, str(root / "00000001")))
+    written = {f"{partial}/{name}" for name in (".saving-state.json", ".saving-manifest.json", "state.safetensors")}
+    assert {*written, partial} <= set(events[:named]) and events[named - 1] == partial
+    latest = str(root / ".saving-latest")
+    assert events[named + 1 :] == [str(root), latest, (latest, str(root / "latest")), str(root)]
+
+
 def test_without_a_pointer_the_largest_number_is_the_newest(tmp_path: Path) -> None:
     root = tmp_path / "checkpoints"
     assert checkpoint.latest(root) is None
@@ -400,6 +421,14 @@ def test_sizes_are_compared_before_any_content_is_read(tmp_path: Path, monkeypat
         checkpoint.verify(folder)
 
 
+def test_a_manifest_of_a_monstrous_size_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save(tmp_path, new_state(1))
+    os.truncate(folder / "manifest.json", checkpoint.MAX_JSON + 1)
+    monkeypatch.setattr(Path, "read_text", None)
+    with pytest.raises(UserError, match="manifest.json: larger than any file of its kind"):
+        checkpoint.read_manifest(folder)
+
+
 def test_every_flipped_bit_of_a_manifest_is_noticed(tmp_path: Path) -> None:
     state = new_state(1)
     train(state)
@@ -438,7 +467,7 @@ def test_a_state_stays_as_it_was_where_a_checkpoint_does_not_fit(tmp_path: Path)
     with pytest.raises(UserError, match=r"does not fit this stage: policy.h.0"):
         load(path, other)
     assert bits(other) == before
-    for name, value in (("controller", None), ("note", 0.5), ("step", True), ("policy_optimizer", None)):
+    for name, value in (("controller", None), ("note", 0.5), ("step", False), ("policy_optimizer", None)):
         other = new_state(2)
         setattr(other, name, value)
         before = bits(other)
