@@ -109,7 +109,7 @@ class RunConfig(Settings):
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
     resume: bool = False
-    """Go on from the newest whole checkpoint; a finished stage is left as it is."""
+    """Go on from the newest whole checkpoint, from the start where there is none; a finished stage is left as it is."""
 
 
 @dataclass
