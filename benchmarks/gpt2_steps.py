@@ -246,6 +246,8 @@ def main(arguments: list[str] | None = None) -> list[dict]:
     text = page(results, report)
     out = given.out or (Path(__file__).parent / "results" if given.size == "gpt2" else None)
     if out:
+        out.mkdir(parents=True, exist_ok=True)
+    if out:
         stem = out / f"{datetime.date.today()}-gpt2-steps"
         stem.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
         stem.with_suffix(".md").write_text(text, encoding="utf-8")

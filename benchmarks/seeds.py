@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("runs"), help="folder of the runs, <runs>/seed-N")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder of the results")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     runs = [run(arguments.runs / f"seed-{seed}", seed) for seed in arguments.seeds]
     machine = {
         "python": platform.python_version(),

@@ -251,6 +251,7 @@ def main() -> int:
     parser.add_argument("--folder", type=Path, help="keep vocabulary, models and logs here (default: nowhere)")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     folder = arguments.folder or Path(tempfile.mkdtemp(prefix="sft-parity-"))
     source = real.data_folder()
     files = [source / file for file, _, _ in TASKS.values()]

@@ -234,6 +234,7 @@ def main() -> None:
     settings = SMOKE if arguments.smoke else Settings()
     work = arguments.run or Path("runs/arithmetic-smoke" if arguments.smoke else "runs/arithmetic")
     out = arguments.out or (work if arguments.smoke else Path("benchmarks/results"))
+    out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # so small that a second thread gains nothing, and figures do not depend on the number
     seeds = {}
     for seed in arguments.seeds:

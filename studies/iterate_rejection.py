@@ -187,6 +187,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts")
     parser.add_argument("--minutes", type=float, default=None, help="start no trial after so many")
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     names = ("iterations", "candidates", "learning_rate", "epochs")
     shared = {name: getattr(arguments, name) for name in names} | {"held_out": arguments.prompts}
     trials = [

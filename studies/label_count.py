@@ -211,6 +211,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, with one thread each")
     parser.add_argument("--minutes", type=float, help="start no training after so many; the same command goes on")
     settings = parser.parse_args()
+    settings.out.mkdir(parents=True, exist_ok=True)
     figures = run_trials(learn, trials(settings), settings.work, jobs=settings.jobs, minutes=settings.minutes)
     rows = list(figures.values())
     stem = settings.out / f"{datetime.date.today()}-label-count"

@@ -247,6 +247,7 @@ def main() -> None:
     settings = replace(SMOKE if arguments.smoke else Settings(), seed=arguments.seed)
     work = arguments.work or Path("runs/polite-smoke" if arguments.smoke else "runs/polite")
     out = arguments.out or (work if arguments.smoke else Path("benchmarks/results"))
+    out.mkdir(parents=True, exist_ok=True)
     real.data_folder()
     torch.set_num_threads(1)  # so small that a second thread gains nothing, and figures do not depend on the number
     real.begin(work, asdict(settings))

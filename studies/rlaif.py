@@ -247,6 +247,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=500, help="held-out prompts")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     settings = Settings(**{name: value for name, value in vars(arguments).items() if name != "out"})
     result = measure(settings)
