@@ -23,7 +23,7 @@ import train_sft
 from minirlhf.config import Seed, Settings, run_script
 from minirlhf.evaluate import calibration, evaluation
 from minirlhf.feedback import __main__ as feedback
-from minirlhf.files import fresh_folder, write_json
+from minirlhf.files import fresh_folder, read_records, write_json
 from minirlhf.report import write_report
 from minirlhf.runs import checkpoint
 
@@ -108,8 +108,7 @@ def report_on(config: Config) -> Path:
 
 def print_examples(answers: Path, count: int = 3) -> None:
     """The first prompts of the evaluation, answered by SFT, PPO and DPO side by side."""
-    for line in answers.read_text(encoding="utf-8").splitlines()[:count]:
-        record = json.loads(line)
+    for record in read_records(answers)[:count]:
         print(f"\n{record['prompt'].strip()}")
         for name in ("sft", "ppo", "dpo"):
             print(f"  {name}:{record[name]}")

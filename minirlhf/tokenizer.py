@@ -13,6 +13,7 @@ from pathlib import Path
 
 import tiktoken
 
+from minirlhf.files import write_json, write_text
 from minirlhf.runtime import UserError
 
 EOS = "<|endoftext|>"
@@ -153,8 +154,8 @@ def write_ranks(ranks: dict[bytes, int], vocabulary: Path, merges: Path) -> None
     tokens = sorted(ranks, key=ranks.__getitem__)
     ids = {spell(token): ranks[token] for token in tokens} | {EOS: len(ranks)}
     lines = [" ".join(map(spell, _split_last_merge(token, ranks))) for token in tokens if len(token) > 1]
-    vocabulary.write_text(json.dumps(ids) + "\n", encoding="utf-8", newline="\n")
-    merges.write_text("\n".join(["#version: 0.2", *lines]) + "\n", encoding="utf-8", newline="\n")
+    write_text(vocabulary, json.dumps(ids) + "\n")
+    write_text(merges, "\n".join(["#version: 0.2", *lines]) + "\n")
 
 
 def _split_last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
@@ -173,7 +174,6 @@ def save(encoding: tiktoken.Encoding, folder: str | Path) -> None:
     The trap: there, "<|endoftext|>" inside a text is parsed as EOS; `encode` here never does that.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     ranks = {encoding.decode_single_token_bytes(i): i for i in range(encoding.eot_token)}
     write_ranks(ranks, folder / "vocab.json", folder / "merges.txt")
     config = {
@@ -185,8 +185,7 @@ def save(encoding: tiktoken.Encoding, folder: str | Path) -> None:
         "eos_token": EOS,
         "unk_token": EOS,
     }
-    text = json.dumps(config, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8", newline="\n")
+    write_json(folder / "tokenizer_config.json", config)
 
 
 def encode(encoding: tiktoken.Encoding, text: str) -> list[int]:

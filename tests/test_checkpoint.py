@@ -201,7 +201,7 @@ def test_all_is_flushed_before_it_is_named_and_latest_comes_last(
     save(tmp_path, state)
     partial = str(root / ".saving-00000001")
     named = events.index((partial, str(root / "00000001")))
-    written = {f"{partial}/{name}" for name in (".saving-state.json", ".saving-manifest.json", "state.safetensors")}
+    written = {f"{partial}/.saving-{name}" for name in ("state.json", "manifest.json", "state.safetensors")}
     assert {*written, partial} <= set(events[:named]) and events[named - 1] == partial
     latest = str(root / ".saving-latest")
     assert events[named + 1 :] == [str(root), latest, (latest, str(root / "latest")), str(root)]

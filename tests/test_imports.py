@@ -14,10 +14,10 @@ PACKAGE = ROOT / "minirlhf"
 
 # From the ground up. What stands on one floor may import its neighbours and everything below.
 FLOORS = [
-    {"ops", "world", "kv_cache", "distributed", "files"},
+    {"ops", "world", "kv_cache", "distributed"},
     {"ppo", "dpo", "bradley_terry", "grpo"},
     {"runtime"},
-    {"config", "tokenizer", "hf", "optim", "batch"},
+    {"config", "files", "tokenizer", "hf", "optim", "batch"},
     {"model"},
     {"comparisons", "generate"},
     {"encode", "reward"},

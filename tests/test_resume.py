@@ -44,7 +44,7 @@ CHANGES = {
     "ppo": {"kl_target": 0.5, "kl_horizon": 30.0},
     "dpo": {},
 }
-SAVING = [("sft", "save_file"), ("reward", "write_manifest"), ("ppo", "write_atomically"), ("dpo", "sync_folder")]
+SAVING = [("sft", "save_file"), ("reward", "write_manifest"), ("ppo", "write_text"), ("dpo", "sync_folder")]
 
 
 class Stop(Exception):
@@ -138,7 +138,7 @@ def test_killed_while_saving_and_resumed_ends_with_the_same_bits(
     folder = new_run(name, tmp_path)
     with pytest.MonkeyPatch.context() as patch:
         # Of small files the lock's, the marker and two of the checkpoint's own come before the first `latest`.
-        stop_at(patch, checkpoint, function, 5 if function == "write_atomically" else 2)
+        stop_at(patch, checkpoint, function, 5 if function == "write_text" else 2)
         patch.setattr(Stage, "_save_last", lambda self: None)  # a killed process saves nothing
         with pytest.raises(Stop):
             run(name, folder)

@@ -11,7 +11,8 @@ import torch
 import train_ppo
 from minirlhf import data
 from minirlhf.evaluate import trace
-from minirlhf.evaluate.trace import Trace, read_trace
+from minirlhf.evaluate.trace import Trace
+from minirlhf.files import read_records
 from minirlhf.model import GPT
 from minirlhf.runtime import project_file
 from minirlhf.tokenizer import response_text
@@ -32,7 +33,7 @@ def base(folder: Path) -> Path:
 def test_it_measures_before_the_first_every_nth_and_after_the_last_and_changes_nothing(tmp_path: Path) -> None:
     run = base(tmp_path / "run")
     tiny.run_stage("ppo", run, trace_every=2)
-    rows = read_trace(run / "ppo" / "trace.jsonl")
+    rows = read_records(run / "ppo" / "trace.jsonl")
     assert [row["iteration"] for row in rows] == [0, 2, 3]
     assert abs(rows[0]["kl"]) < 1e-4 < abs(rows[-1]["kl"])  # float32 against itself, recomputed by another forward
     assert all(len(row["marks"]) == FEW for row in rows)
@@ -93,7 +94,7 @@ def test_a_stopped_run_has_the_trace_of_one_that_was_never_stopped(measured: boo
         path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
     config.resume = True
     train_ppo.main(config)
-    assert [row["iteration"] for row in read_trace(path)] == [0, 1, 2, 3]
+    assert [row["iteration"] for row in read_records(path)] == [0, 1, 2, 3]
     assert path.read_text() == (whole / "ppo" / "trace.jsonl").read_text()
 
 
@@ -103,5 +104,5 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again_in_place
     for name in ("run.json", "metrics.jsonl", "timing.jsonl", "trace.jsonl"):
         (run / "ppo" / name).write_text("")
     tiny.run_stage("ppo", run, trace_every=3, resume=True)
-    assert [row["iteration"] for row in read_trace(run / "ppo" / "trace.jsonl")] == [0, 3]
+    assert [row["iteration"] for row in read_records(run / "ppo" / "trace.jsonl")] == [0, 3]
     assert not (run / "ppo.1").exists() and torch.is_grad_enabled()

@@ -30,7 +30,7 @@ from minirlhf import data, tokenizer
 from minirlhf.batch import pad
 from minirlhf.config import Count, Positive, Settings, run_script
 from minirlhf.encode import Record, encode_comparison, split_by_prompt
-from minirlhf.files import write_json
+from minirlhf.files import atomic, write_json
 from minirlhf.hf.hub import model_folder
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
@@ -214,7 +214,8 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     below.set_xlabel("predicted probability of the side that the model takes")
     below.set_ylabel("pairs")
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
     pyplot.close(figure)
 
 

@@ -10,14 +10,13 @@ compared prompt by prompt. Nothing here flows back into training.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import tiktoken
 
 from minirlhf import data, distributed
 from minirlhf.encode import encode_prompt
+from minirlhf.files import read_records, write_records
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
 from minirlhf.reward_functions import Reward
@@ -49,9 +48,8 @@ class Trace:
         if iteration % self.config.trace_every == 0 or iteration == self.config.iterations:
             row = {"iteration": iteration, **self.measure(state.policy, reference, reward, encoding)}
             if distributed.is_writer():
-                before = [line for line in read_trace(self.path) if line["iteration"] < iteration]
-                lines = [json.dumps(line) + "\n" for line in (*before, row)]
-                self.path.write_text("".join(lines), encoding="utf-8")
+                before = [line for line in read_records(self.path) if line["iteration"] < iteration]
+                write_records(self.path, [*before, row])
 
     def measure(self, policy: GPT, reference: GPT, reward: Reward, encoding: tiktoken.Encoding) -> dict[str, Any]:
         """Means over the prompts, and `marks`, the judge's mark of each answer."""
@@ -82,9 +80,3 @@ class Trace:
             "length": rollout.mask.sum(dim=1).float().mean().item(),
         }
         return {**means, "marks": [round(v.total, 6) for v in verdicts]}
-
-
-def read_trace(path: Path) -> list[dict[str, Any]]:
-    """The measurements in a file, in order; none where there is no file."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    return [json.loads(line) for line in text.splitlines()]

@@ -34,7 +34,7 @@ from minirlhf.feedback import lines
 from minirlhf.feedback.candidates import read_candidates
 from minirlhf.feedback.labels import Label, parse_label, ranks_of
 from minirlhf.feedback.tasks import Task, make_tasks
-from minirlhf.files import write_records
+from minirlhf.files import write_records, write_text
 from minirlhf.runtime import UserError, require
 
 LAYOUTS = [form for form in FORMATS if form.name.startswith("Label Studio")]
@@ -84,7 +84,7 @@ def export_tasks(config: ExportConfig) -> Path:
     )
     output.parent.mkdir(parents=True, exist_ok=True)
     content = ",\n".join(json.dumps({"data": task_data(task)}, ensure_ascii=False) for task in tasks)
-    output.write_text(f"[{content}]\n", encoding="utf-8", newline="\n")
+    write_text(output, f"[{content}]\n")
     print(f"{output}: {len(tasks)} tasks")
     return output
 

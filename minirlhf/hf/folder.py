@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from minirlhf.files import write_atomically
+from minirlhf.files import atomic, write_text
 from minirlhf.hf.hub import INDEX, WEIGHTS, weight_files
 from minirlhf.runtime import UserError
 
@@ -94,8 +94,7 @@ def write_config(
         **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop", "summary_first_dropout"), 0.0),
         **(extra or {}),
     }
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    write_atomically(Path(folder) / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
+    write_text(Path(folder) / "config.json", json.dumps(settings, indent=2, sort_keys=True) + "\n")
 
 
 def _file_name(name: str) -> str:
@@ -112,9 +111,8 @@ def write_tensors(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     for name, parameter in model.named_parameters():
         tensor = parameter.detach().cpu()
         tensors[_file_name(name)] = (tensor.T if CONV1D_WEIGHT.fullmatch(name) else tensor).contiguous()
-    partial = Path(folder) / "model.safetensors.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    partial.replace(Path(folder) / "model.safetensors")
+    with atomic(Path(folder) / "model.safetensors") as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
+from minirlhf.files import atomic
 from minirlhf.report.answers import answers
 from minirlhf.report.curves import curves
 from minirlhf.report.facts import facts
@@ -114,5 +115,6 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     require(len(page) <= LARGEST, f"the report has {len(page):,} bytes, more than {LARGEST:,}: give fewer runs")
     path = (out or folders[0]) / "report.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(page)
+    with atomic(path) as temporary:
+        temporary.write_bytes(page)
     return path

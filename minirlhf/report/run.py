@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf.evaluate.trace import FILE as TRACE
+from minirlhf.files import read_json, read_records
 from minirlhf.runs.health import HINTS as HINTS
-from minirlhf.runtime import UserError, require
+from minirlhf.runtime import require
 
 KINDS = ("sft", "feedback", "reward", "ppo", "dpo")
 Row = dict[str, Any]
@@ -81,33 +81,6 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object, empty where there is no file; raises UserError where it is not one."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path}: is not JSON ({error}); make it again, or remove it") from error
-    require(isinstance(value, dict), f"{path}: is not a JSON object; make it again, or remove it")
-    return value
-
-
-def read_lines(path: Path) -> list[Row]:
-    """The objects of a JSONL file, none where there is no file. A last line without an end is still being written."""
-    if not path.is_file():
-        return []
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1], 1):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: is not JSON ({error}); make it again, or remove it") from error
-        require(isinstance(row, dict), f"{path}:{number}: is not a JSON object; make it again, or remove it")
-        rows.append(row)
-    return rows
-
-
 def kind_of(name: str, rows: Sequence[Row]) -> str:
     """What kind of stage wrote these rows into a folder of this name."""
     if name in KINDS:
@@ -118,16 +91,16 @@ def kind_of(name: str, rows: Sequence[Row]) -> str:
 
 def read_stage(folder: Path) -> StageRun:
     """A stage, finished or not."""
-    rows = read_lines(folder / "metrics.jsonl")
+    rows = read_records(folder / "metrics.jsonl")
     return StageRun(
         name=folder.name,
         kind=kind_of(folder.name, rows),
-        setup=read_object(folder / "run.json"),
+        setup=read_json(folder / "run.json"),
         rows=rows,
-        hints=read_lines(folder / HINTS),
-        trace=read_lines(folder / TRACE),
-        seconds=sum(row["seconds"] for row in read_lines(folder / "timing.jsonl") if is_number(row.get("seconds"))),
-        finished=read_object(folder / "stage.json").get("finished") is True,
+        hints=read_records(folder / HINTS),
+        trace=read_records(folder / TRACE),
+        seconds=sum(row["seconds"] for row in read_records(folder / "timing.jsonl") if is_number(row.get("seconds"))),
+        finished=read_json(folder / "stage.json").get("finished") is True,
     )
 
 
@@ -138,16 +111,16 @@ def read_run(folder: Path, label: str) -> Run:
     stages = [read_stage(path) for path in parts if any((path / f).is_file() for f in ("run.json", "metrics.jsonl"))]
     order = (*KINDS, "other")
     stages.sort(key=lambda stage: (order.index(stage.kind), stage.name != stage.kind, stage.name))
-    summary = read_object(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     require(bool(stages or summary), f"{folder}: holds no stage of a run; give the folder above sft/, reward/, ppo/")
     return Run(
         label=label,
         folder=folder,
         stages=stages,
-        seconds=read_object(folder / "seconds.json"),
+        seconds=read_json(folder / "seconds.json"),
         summary=summary,
-        answers=read_lines(folder / "answers.jsonl"),
-        calibration=read_object(folder / "calibration.json"),
+        answers=read_records(folder / "answers.jsonl"),
+        calibration=read_json(folder / "calibration.json"),
         models={name: row for name, row in (summary.get("models") or {}).items() if isinstance(row, dict)},
     )
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from minirlhf.files import write_text
 from minirlhf.runs.log import read_rows
 
 LOADERS = {
@@ -54,7 +55,7 @@ def write_model_card(folder: Path, *, script: str, objective: str) -> None:
         "Versions: " + ", ".join(f"{name} {value}" for name, value in run["versions"].items()) + ".",
         "",
     ]
-    (folder / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    write_text(folder / "README.md", "\n".join(lines))
 
 
 def _last(rows: list[dict[str, float]]) -> dict[str, float]:

@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from minirlhf.files import discard, file_hash, sync, sync_folder, write_atomically
+from minirlhf.files import atomic, discard, file_hash, sync_folder, write_text
 from minirlhf.runs.log import LOGS, TRACKED, plain
 from minirlhf.runtime import UserError, require
 
@@ -147,7 +147,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json for the files that stand in `folder`."""
     files = {name: {"size": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in FILES}
     content = dataclasses.asdict(dataclasses.replace(manifest, files=files))
-    write_atomically(folder / "manifest.json", json.dumps({**content, "sha256": own_hash(content)}, indent=1))
+    write_text(folder / "manifest.json", json.dumps({**content, "sha256": own_hash(content)}, indent=1))
 
 
 def own_hash(content: Mapping[str, Any]) -> str:
@@ -235,14 +235,14 @@ def save(root: Path, parts: Parts, manifest: Manifest) -> None:
     try:
         temporary.mkdir()
         weights = {name: tensor.cpu().contiguous() for name, tensor in parts.tensors.items()}
-        save_file(weights, temporary / "state.safetensors")
-        sync(temporary / "state.safetensors")
-        write_atomically(temporary / "state.json", json.dumps(parts.numbers, indent=1))
+        with atomic(temporary / "state.safetensors") as file:
+            save_file(weights, file)
+        write_text(temporary / "state.json", json.dumps(parts.numbers, indent=1))
         write_manifest(temporary, manifest)
         discard(final)  # left by a run that went on from an earlier one
         temporary.rename(final)
         sync_folder(root)
-        write_atomically(root / "latest", f"{final.name}\n")
+        write_text(root / "latest", f"{final.name}\n")
     except (OSError, SafetensorError) as error:
         discard(temporary)
         raise disk_full(error, root, parts.nbytes) or error from error
@@ -337,7 +337,7 @@ def read_marker(folder: Path) -> dict[str, Any]:
 
 def mark(folder: Path, *, finished: bool, **facts: dict[str, Any]) -> None:
     """Say whether the stage in `folder` is finished: with `config`, `inputs` and `outputs`, and last of all."""
-    write_atomically(folder / MARKER, json.dumps({"finished": finished, **facts}, indent=1))
+    write_text(folder / MARKER, json.dumps({"finished": finished, **facts}, indent=1))
 
 
 def clear_begun(folder: Path, *, logs: set[str], results: set[str]) -> None:
@@ -386,7 +386,8 @@ def only_writer(folder: Path) -> Iterator[None]:
         raise UserError(f"{folder}: process {pid} is writing there; wait for its end or give another --run") from error
     with lock:
         try:
-            write_atomically(holder, str(os.getpid()))
+            holder.unlink(missing_ok=True)  # a link there is not followed
+            write_text(holder, str(os.getpid()))
             yield
         finally:
             for file in (holder, path):  # while they are still ours; what Windows does not let go stays

@@ -8,12 +8,13 @@ keeps, and a resumed run has the hints of one that was never stopped. Each limit
 from __future__ import annotations
 
 import itertools
-import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from minirlhf.files import Lines, read_records
 
 HINTS = "hints.jsonl"
 Row = dict[str, float]
@@ -233,12 +234,11 @@ class Hints:
                 self.waiting.remove(rule)
                 said.append({"step": int(row["step"]), "hint": rule.name, "message": message})
         if said:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(hint) + "\n" for hint in said)
+            with Lines(self.path) as file:
+                file.append(*said)
         return [f"step {hint['step']}, {hint['hint']}: {hint['message']}" for hint in said]
 
 
 def read_hints(folder: Path) -> list[dict[str, Any]]:
     """The hints of a stage's run, none where the file is missing: step, hint (its name) and message."""
-    path = folder / HINTS
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return read_records(folder / HINTS)

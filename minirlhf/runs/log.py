@@ -9,7 +9,6 @@ import dataclasses
 import importlib
 import importlib.util
 import json
-import os
 import platform
 import sys
 import time
@@ -24,7 +23,7 @@ from tqdm import tqdm
 
 from minirlhf import distributed
 from minirlhf.config import TrackerName
-from minirlhf.files import file_hash, fresh_folder, source_hash, write_json
+from minirlhf.files import Lines, file_hash, fresh_folder, read_records, source_hash, write_json
 from minirlhf.runtime import require
 
 LIVE = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -137,20 +136,18 @@ class RunLog:
         if keep is None:  # after the hashes: what is read may be in the folder that moves
             fresh_folder(folder)
             write_json(folder / "run.json", description)
-        for name, size in (keep or {}).items():
-            os.truncate(self.folder / name, size)
-        self._metrics, self._timing = ((self.folder / name).open("a", encoding="utf-8") for name in LOGS)
+        self._metrics, self._timing = (Lines(folder / name, keep=(keep or {}).get(name)) for name in LOGS)
         self._tracker = _start_tracker(getattr(config, "track", None), folder, description["config"], done=done)
         self._progress = Progress(folder.name, steps=steps, done=done)
 
     def row(self, step: int, values: Mapping[str, Value], *, tokens: int) -> None:
         """Write the metrics of one finished step and the time since the last; `tokens` were processed in it."""
         plain = {k: float(v) for k, v in values.items()}
-        self._metrics.write(json.dumps({"step": step, **plain}) + "\n")
+        self._metrics.append({"step": step, **plain})
         now = time.perf_counter()
         seconds, self.last = now - self.last, now
         rate = {"tokens_per_second": tokens / seconds}
-        self._timing.write(json.dumps({"step": step, "seconds": seconds, **rate}) + "\n")
+        self._timing.append({"step": step, "seconds": seconds, **rate})
         if self._tracker:
             self._tracker.row(step, plain | rate)
         self._progress.update(plain, tokens=tokens)
@@ -161,11 +158,8 @@ class RunLog:
 
     def sync(self) -> dict[str, dict[str, Any]]:
         """Flush the rows to the disk; returns size and SHA-256 of each log."""
-        for file in (self._metrics, self._timing):
-            file.flush()
-            os.fsync(file.fileno())
-        paths = {name: self.folder / name for name in LOGS}
-        return {name: {"size": path.stat().st_size, "sha256": file_hash(path)} for name, path in paths.items()}
+        files = (self._metrics, self._timing)
+        return {file.path.name: {"size": file.sync(), "sha256": file_hash(file.path)} for file in files}
 
     def close(self) -> None:
         """Close the files."""
@@ -178,7 +172,7 @@ class RunLog:
 
 def read_rows(folder: Path) -> list[dict[str, float]]:
     """The rows of a run's `metrics.jsonl`."""
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_records(folder / "metrics.jsonl")
 
 
 def versions() -> dict[str, str]:
