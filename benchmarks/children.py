@@ -351,6 +351,7 @@ def benchmark(options: argparse.Namespace, measure: Callable[[Workshop], tuple[d
 @contextlib.contextmanager
 def checked_out(commit: str) -> Iterator[Path]:
     """A temporary worktree of a commit."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that it is removed then, too
     git = ["git", "-C", str(ROOT), "worktree"]
     with tempfile.TemporaryDirectory(prefix="tree-") as folder:
         tree = Path(folder) / "tree"

@@ -30,6 +30,7 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,8 @@ def interrupt(order: Order, undisturbed: Undisturbed, draw: random.Random, numbe
     ended = time.monotonic()
     if code is None:
         children.kill(process)
-    right = code == 128 + order.number or (order.processes > 1 and code not in (None, 0))
+    right = code == 128 + order.number or (twice and code == -order.number)  # a shell says the same of both
+    right |= order.processes > 1 and code not in (None, 0)  # torchrun's own
     stop = {"after_step": at} if at else {"moment": round(moment, 3), "optimizer_steps": done}
     stop |= {"code": "hangs" if code is None else code, "twice": twice}
     stop |= {"seconds": round(ended - float(read(order.file("sent")) or ended), 3)}
@@ -169,9 +171,9 @@ def measure(workshop: Workshop, stage: str, number: int, given: argparse.Namespa
     return result
 
 
-def longest(trials: Any) -> float:
+def longest(trials: Iterable[dict[str, Any]]) -> float | None:
     """Seconds from the signal to the end, of the slowest."""
-    return max((trial["seconds"] for trial in trials), default=0.0)
+    return max((trial["seconds"] for trial in trials), default=None)
 
 
 def signal_number(name: str) -> int:
