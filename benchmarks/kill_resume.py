@@ -90,40 +90,55 @@ def interrupt(order: Order, undisturbed: Undisturbed, draw: random.Random, numbe
     for kind in ("sent", "steps"):
         order.file(kind).unlink(missing_ok=True)
     process = children.start(order)
-    if at:
-        code = children.wait(process, order.file("sent").exists)
-    else:
-        children.wait(process, lambda: children.catches_signals(process))
-        ready = time.monotonic()
-        code = children.wait(process, lambda: time.monotonic() - ready >= moment)
-    done = steps_done(order)
-    if not at and code is None:
+    code = children.wait(process, order.file("sent").exists) if at else wait_for(process, moment)
+    done = at or len(read(order.file("steps")).split())
+    before = undisturbed.steps[done - 1] if done else 0  # rows before the training step of the last optimizer step
+    inside = at > 0 or (done > 0 and rows(order.folder) == before)
+    if code is None and not at:
         order.file("sent").write_text(repr(time.monotonic()))
         os.kill(process, order.number)
-    if twice and code is None:
+    if code is None and twice:
         time.sleep(draw.uniform(0, AGAIN))
         os.kill(process, order.number)  # not waited for, so that its id is still its own
     code = children.wait(process) if code is None else code
     ended = time.monotonic()
     if code is None:
         children.kill(process)
-    right = code == 128 + order.number or (twice and code == -order.number)  # a shell says the same of both
-    right |= order.processes > 1 and code not in (None, 0)  # torchrun's own
     stop = {"after_step": at} if at else {"moment": round(moment, 3), "optimizer_steps": done}
-    stop |= {"code": "hangs" if code is None else code, "twice": twice}
+    stop |= {"code": "hangs" if code is None else code, "twice": twice, "inside": inside}
     stop |= {"seconds": round(ended - float(read(order.file("sent")) or ended), 3)}
-    stop |= {"rows": rows(order.folder), "checkpoint": saved_step(order.folder)}
-    stop["hidden"] = [path.name for path in Path(order.run).rglob(".*")]
-    before = undisturbed.steps[done - 1] if done else 0  # rows at the signal, or one less
-    saved = stop["rows"] == stop["checkpoint"] and before <= stop["checkpoint"] and not stop["hidden"]
-    stop["well"] = right and (twice or saved) and (order.processes > 1 or "Traceback" not in read(order.file("err")))
-    stop["stopped"] = '"finished": true' not in read(order.folder / "stage.json")
-    return trial(order, stop, undisturbed)
+    return trial(order, stop | left_by(order, code, before, twice=twice), undisturbed)
 
 
-def steps_done(order: Order) -> int:
-    """The optimizer steps that the child has made."""
-    return len(read(order.file("steps")).split())
+def wait_for(process: int, moment: float) -> int | None:
+    """Wait so many seconds from where the process takes signals; its exit code if it ends before."""
+    children.wait(process, lambda: children.catches_signals(process))
+    ready = time.monotonic()
+    return children.wait(process, lambda: time.monotonic() - ready >= moment)
+
+
+def left_by(order: Order, code: int | None, before: int, *, twice: bool) -> dict[str, Any]:
+    """What a stopped process left, and whether that is well.
+
+    before  rows that there were when the training step of the last optimizer step began
+    """
+    step, count = saved_step(order.folder), rows(order.folder)
+    hidden = [path.name for path in Path(order.run).rglob(".*")]
+    right = code == 128 + order.number or (twice and code == -order.number)  # a shell says the same of both
+    if order.processes > 1:
+        right = code not in (None, 0)  # torchrun's own
+    saved = count == step and before <= step and not hidden
+    silent = order.processes > 1 or "Traceback" not in read(order.file("err"))
+    finished = '"finished": true' in read(order.folder / "stage.json")
+    well = right and silent and (twice or saved)
+    return {
+        "rows": count,
+        "checkpoint": step,
+        "went_on": count - before,
+        "hidden": hidden,
+        "well": well,
+        "stopped": not finished,
+    }
 
 
 def read(path: Path) -> str:
@@ -153,14 +168,17 @@ def measure(workshop: Workshop, stage: str, number: int, given: argparse.Namespa
         result |= {"kills": sum(t["kills"] for t in trials), "while_writing": sum(t["writing"] for t in trials)}
     else:
         once = [t for t in trials if not t["twice"]]
+        inside = [t for t in once if t["inside"]]
         result |= {
             "after_an_optimizer_step": sum("after_step" in t for t in trials),
             "ended_well": sum(t["well"] for t in trials),
             "codes": Counter(str(t["code"]) for t in trials),
             "rows_are_the_checkpoint": f"{sum(t['rows'] == t['checkpoint'] for t in once)} of {len(once)}",
+            "ended_the_training_step": f"{sum(t['went_on'] for t in inside)} of {len(inside)}",
             "seconds_to_exit": {
                 "after an optimizer step": longest(t for t in once if "after_step" in t),
                 "at a drawn moment": longest(t for t in once if "after_step" not in t),
+                "outside an update": longest(t for t in once if not t["inside"]),
                 "second signal": longest(t for t in trials if t["twice"]),
             },
         }
