@@ -13,9 +13,11 @@ outside its range gets as far as a script's `main`. Where two settings must fit 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import math
+import os
 import re
 import sys
 import typing
@@ -186,16 +188,14 @@ def field_ranges(config: Any) -> dict[str, Range | Name]:
     return found
 
 
-def _declared(hint: Any) -> Iterator[tuple[type, Range | Name | None]]:
+def _declared(hint: Any) -> Iterator[tuple[Any, Range | Name | None]]:
     """The types within a type that are numbers or declare what they allow, e.g. float in `tuple[float, ...]`."""
-    if typing.get_origin(hint) is Annotated:
-        kind, *notes = typing.get_args(hint)
-        known = [note for note in notes if isinstance(note, Range | Name)]
-        yield from ((kind, note) for note in known) if known else _declared(kind)
-    elif hint in (int, float):
-        yield hint, None
-    elif typing.get_origin(hint) is not Literal:
-        for part in typing.get_args(hint):
+    kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    allowed = next((note for note in notes if isinstance(note, Range | Name)), None)
+    if allowed or kind in (int, float):
+        yield kind, allowed
+    elif typing.get_origin(kind) is not Literal:
+        for part in typing.get_args(kind):
             yield from _declared(part)
 
 
@@ -208,15 +208,18 @@ def run_script(main: Callable[[Any], object], presets: dict[str, Any], *, severa
     """
     import tyro
 
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    words.add_argument("--debug", action="store_true")
+    words.add_argument("--preset", nargs="?", const="", default=next(iter(presets)))
+    chosen, _ = words.parse_known_args()
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
     description = sys.modules["__main__"].__doc__
     with distributed.started() as group:
         try:
             alone = distributed.world_size() == 1
             require(several or alone, "this command runs in one process, and only train_*.py in several: no torchrun")
-            default = presets[_preset_name(arguments, presets)]
+            require(chosen.preset in presets, f"--preset {chosen.preset}: not one of {', '.join(presets)}")
+            default = presets[chosen.preset]
             with interruptible():
                 main(
                     group.writer_first(
@@ -224,19 +227,20 @@ def run_script(main: Callable[[Any], object], presets: dict[str, Any], *, severa
                     )
                 )
         except UserError as error:
-            if debug:
+            if chosen.debug:
                 raise
             group.end(2, f"error: {error}")
         except Interrupted as error:
             group.end(128 + error.number, f"stopped by {error}")
 
 
-def _preset_name(arguments: list[str], presets: dict[str, Any]) -> str:
-    """The value of --preset among the arguments, by default the first preset."""
-    for position, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag == "--preset":
-            value = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
-            require(value in presets, f"--preset {value}: not one of {', '.join(presets)}")
-            return value
-    return next(iter(presets))
+def run_into_a_pipe(main: Callable[[Any], object], presets: dict[str, Any]) -> None:
+    """`run_script` for a command whose output a program may read that stops before the end, such as `head`."""
+    try:
+        try:
+            run_script(main, presets)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left at its exit
+        sys.exit(getattr(error.__context__, "code", 0))  # that of the command, where it had come to its end

@@ -25,7 +25,7 @@ FLOORS = [
     {"reward_functions", "rollout", "ptx"},
     {"feedback"},
     {"evaluate"},
-    {"report", "rejection", "dialogue"},
+    {"report", "rejection"},
     {"chat", "online_dpo"},
     {"train_sft", "train_reward", "train_ppo", "train_dpo"},
     {"__main__"},
