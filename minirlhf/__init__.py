@@ -20,6 +20,7 @@ OLD_NAMES = {
     "calibration": "evaluate.calibration",
     "data.fields": "data.formats",
     "dialogue": "chat",
+    "ptx": "rollout",
 }
 
 

@@ -3,6 +3,7 @@
 The sampled batch is right-padded, so it is a training batch as it stands. Reference, reward model and value model each
 see it once, without gradient, in length-sorted micro-batches. Several processes sample and score a share of the rows
 each; every one of them then holds the whole rollout, so that what follows is the same everywhere.
+At the end stands PPO-ptx: texts that the policy goes on learning from beside its rollouts.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from minirlhf import distributed, ppo
-from minirlhf.batch import Batch, own_micro_batches
+from minirlhf import distributed, ops, ppo
+from minirlhf.batch import Batch, Example, own_micro_batches, pad, permutation
 from minirlhf.generate import Samples, generate
 from minirlhf.model import GPT
 from minirlhf.reward import ValueModel
@@ -199,3 +200,26 @@ class Experience(Rollout):
 
     advantages: Tensor
     returns: Tensor
+
+
+# ------------------------------------------------------------------------------------------------------------- PPO-ptx
+def draw_texts(texts: Sequence[Example], count: int, *key: int) -> list[Example]:
+    """`count` different texts, or all of fewer, chosen by the key alone."""
+    return [texts[i] for i in permutation(len(texts), *key)[:count]]
+
+
+def ptx_gradient(policy: GPT, texts: Sequence[Example], *, coefficient: float, max_tokens: int) -> dict[str, Tensor]:
+    """Add the gradient of coefficient * mean negative log-likelihood of the texts; returns this loss.
+
+    Ouyang et al. 2022, eq. 2, the term coefficient * E_pretraining[log pi(x)], against forgetting how to write.
+    Temperature 1, as in train_sft.py. `max_tokens` padded positions a forward pass.
+    """
+    batch = pad(texts).to(policy.head_weight.device)
+    tokens, total = batch.mask.sum(), torch.zeros(())
+    for rows in own_micro_batches(batch.lengths, max_tokens):
+        part = batch.rows(rows)
+        logprobs = policy.logprobs(part.tokens, part.mask)  # (b, t-1)
+        loss = -coefficient * ops.masked_mean(logprobs, part.mask, denominator=tokens)
+        loss.backward()
+        total = total + loss.detach().cpu()
+    return {"ptx_loss": total}

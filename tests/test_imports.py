@@ -22,7 +22,7 @@ FLOORS = [
     {"comparisons", "generate"},
     {"encode", "reward"},
     {"data", "runs"},
-    {"reward_functions", "rollout", "ptx"},
+    {"reward_functions", "rollout"},
     {"feedback"},
     {"evaluate"},
     {"report", "rejection"},
