@@ -102,7 +102,7 @@ def label(rollout: Rollout) -> tuple[list[ReferencedComparison], dict[str, int]]
     examples = [Example(row[:n], ids) for (row, n), ids in zip(prompts, answers, strict=True)]
     ref = rollout.ref_logprobs.sum(dim=1).tolist()
     scores, groups = rollout.scores.tolist(), rollout.groups.tolist()
-    found: list[ReferencedComparison] = []
+    pairs: list[ReferencedComparison] = []
     counts = {"pairs": 0, "ties": 0, "identical": 0}
     for group in dict.fromkeys(groups):
         rows = [row for row, other in enumerate(groups) if other == group]
@@ -114,9 +114,9 @@ def label(rollout: Rollout) -> tuple[list[ReferencedComparison], dict[str, int]]
         counts[kind] += 1
         if kind == "pairs":
             order = (0, 1) if scores[first] > scores[second] else (1, 0)
-            both = [examples[row] for row in rows]
-            found.append(ReferencedComparison(both, [order], ref_seq_logprobs=[ref[row] for row in rows]))
-    return found, counts
+            both = [examples[first], examples[second]]
+            pairs.append(ReferencedComparison(both, [order], ref_seq_logprobs=[ref[first], ref[second]]))
+    return pairs, counts
 
 
 def train_step(
@@ -204,11 +204,8 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                 )
                 require_finite(scores=rollout.scores)
                 pairs, counts = label(rollout)
-                metrics = {
-                    **rollout_metrics(rollout),
-                    **counts,
-                    **update(state, pairs, config, device, max_tokens=max_tokens),
-                }
+                learned = update(state, pairs, config, device, max_tokens=max_tokens)
+                metrics = {**rollout_metrics(rollout), **counts, **learned}
                 state.iteration += 1
                 stage.finish(iteration, {**metrics, "learning_rate": learning_rate}, tokens=int(rollout.lengths.sum()))
             if observe and state.iteration > iteration:
