@@ -54,17 +54,16 @@ class Range:
         return " and ".join(words) or "finite"
 
 
-@dataclass(frozen=True)
 class Name:
     """Names of a folder within the run that are not those of a stage which others read."""
 
-    taken: tuple[str, ...] = ("sft", "feedback", "labels", "reward")
+    TAKEN = ("sft", "feedback", "labels", "reward")
 
     def __contains__(self, value: str) -> bool:
-        return re.fullmatch(r"\w[\w.-]*", value) is not None and value not in self.taken
+        return re.fullmatch(r"\w[\w.-]*", value) is not None and value not in self.TAKEN
 
     def __str__(self) -> str:
-        return f"a name of letters, digits, '.', '-' and '_', and none of {', '.join(self.taken)}"
+        return f"a name of letters, digits, '.', '-' and '_', and none of {', '.join(self.TAKEN)}"
 
 
 Count = Annotated[int, Range(low=1)]
@@ -93,11 +92,14 @@ class Settings:
         for name, allowed in field_ranges(kind).items():
             value = getattr(self, name)
             for part in value if isinstance(value, tuple) else (value,):
-                _check(name, part, allowed)
+                word = part is None or (isinstance(part, str) and isinstance(allowed, Range))  # such as `auto`
+                infinite = isinstance(part, float) and not math.isfinite(part)
+                words = f"{flag(name)} {part}: must be {'a finite number' if infinite else allowed}"
+                require(word or part in allowed, words)
         for field in dataclasses.fields(self):
-            blank = isinstance(getattr(self, field.name), str) and not getattr(self, field.name).strip()
-            if blank and field.default is None:
-                raise UserError(f"{flag(field.name)}: is blank; leave it out for the default")
+            value = getattr(self, field.name)
+            blank = isinstance(value, str) and not value.strip() and field.default is None
+            require(not blank, f"{flag(field.name)}: is blank; leave it out for the default")
 
 
 @dataclass
@@ -163,13 +165,6 @@ class SamplingConfig(RunConfig):
     """Of sampling and of every log-probability: policy, reference and training."""
 
 
-def _check(name: str, value: Any, allowed: Range | Name) -> None:
-    if value is None or (isinstance(value, str) and isinstance(allowed, Range)) or value in allowed:
-        return  # None and words such as `auto` stand beside the numbers
-    infinite = isinstance(value, float) and not math.isfinite(value)
-    raise UserError(f"{flag(name)} {value}: must be {'a finite number' if infinite else allowed}")
-
-
 def flag(name: str) -> str:
     """A field's name on the command line."""
     return f"--{name.replace('_', '-')}"
@@ -221,11 +216,8 @@ def run_script(main: Callable[[Any], object], presets: dict[str, Any], *, severa
             require(chosen.preset in presets, f"--preset {chosen.preset}: not one of {', '.join(presets)}")
             default = presets[chosen.preset]
             with interruptible():
-                main(
-                    group.writer_first(
-                        lambda: tyro.cli(type(default), default=default, args=arguments, description=description)
-                    )
-                )
+                stated = {"default": default, "args": arguments, "description": description}
+                main(group.writer_first(lambda: tyro.cli(type(default), **stated)))
         except UserError as error:
             if chosen.debug:
                 raise

@@ -9,7 +9,7 @@ At the end stands PPO-ptx: texts that the policy goes on learning from beside it
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import torch
@@ -35,7 +35,7 @@ class Rollout(Batch):
     values        (B, T-1) V(state before the action at t); 0 without a value model
     scores        (B,) what the reward function gave; unfinished responses hold the fixed score instead
     sampling_gap  (B,) largest |recorded - recomputed| old log-probability of the row; 0 where none was recomputed
-    groups        (B,) long: rows of one number answer the same prompt; by default each row is a group by itself
+    groups        (B,) long: rows of one number answer the same prompt
     """
 
     finished: Tensor
@@ -44,11 +44,7 @@ class Rollout(Batch):
     values: Tensor
     scores: Tensor
     sampling_gap: Tensor
-    groups: Tensor = field(kw_only=True, default_factory=lambda: torch.empty(0))
-
-    def __post_init__(self) -> None:
-        if len(self.groups) != len(self):
-            self.groups = torch.arange(len(self), device=self.tokens.device)
+    groups: Tensor
 
 
 @torch.no_grad()

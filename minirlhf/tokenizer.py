@@ -58,7 +58,13 @@ def load(name_or_folder: str | Path) -> tiktoken.Encoding:
     a network, DownloadError.
     """
     if name_or_folder == "gpt2":
-        return _load_gpt2()
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a damaged download is a ValueError
+            raise DownloadError(
+                "cannot download GPT-2's vocabulary: give a folder with encoder.json and vocab.bpe instead of 'gpt2', "
+                "or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it"
+            ) from error
     if name_or_folder == "bytes":
         return from_ranks("bytes", {bytes([byte]): byte for byte in range(256)})
     folder = WORLD_FOLDER if name_or_folder == "world" else Path(name_or_folder)
@@ -70,16 +76,6 @@ def load(name_or_folder: str | Path) -> tiktoken.Encoding:
         f"no tokenizer in {str(folder)!r}: it needs encoder.json and vocab.bpe, or vocab.json and merges.txt "
         f'(or give a name: "world", "gpt2", "bytes")'
     )
-
-
-def _load_gpt2() -> tiktoken.Encoding:
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # requests' exceptions are OSErrors; a damaged download is a ValueError
-        raise DownloadError(
-            "cannot download GPT-2's vocabulary: give a folder with encoder.json and vocab.bpe instead of 'gpt2', "
-            "or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it"
-        ) from error
 
 
 def read_ranks(vocabulary: Path, merges: Path) -> dict[bytes, int]:
