@@ -10,7 +10,6 @@ An earlier run in the same place is moved aside and named, never overwritten.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,14 +55,9 @@ SMOKE: dict[str, dict[str, Any]] = {
     "evaluate": {"max_prompts": 64},
 }
 
-STAGES: dict[str, tuple[Callable[[Any], object], type]] = {
-    "sft": (train_sft.main, train_sft.Config),
-    "feedback": (feedback.main, feedback.Config),
-    "reward": (train_reward.main, train_reward.Config),
-    "ppo": (train_ppo.main, train_ppo.Config),
-    "dpo": (train_dpo.main, train_dpo.Config),
-    "evaluate": (evaluation.main, evaluation.Config),
-}
+# Every stage, in turn.
+MODULES = (train_sft, feedback, train_reward, train_ppo, train_dpo, evaluation)
+STAGES = {name: (module.main, module.Config) for name, module in zip(SMOKE, MODULES, strict=True)}
 
 
 def main(config: Config) -> dict[str, float]:

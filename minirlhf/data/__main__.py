@@ -85,11 +85,8 @@ def _rows(encoding: tiktoken.Encoding, kind: data.Kind, record: Record, max_leng
 
 def _show_record(encoding: tiktoken.Encoding, dataset: data.Dataset, rows: list[Example]) -> None:
     """Each row in two parts, without and with loss, as the batch's own mask divides it."""
-    names = (
-        ["chosen", "rejected"]
-        if "chosen" in dataset.records[0]
-        else ["prompt" if not row.response_ids else "row" for row in rows]
-    )
+    sides = "chosen" in dataset.records[0]
+    names = ["chosen", "rejected"] if sides else ["row" if row.response_ids else "prompt" for row in rows]
     if not rows:
         print("  it does not fit: its response is too long")
     for name, row in zip(names, rows[:4], strict=False):
