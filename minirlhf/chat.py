@@ -158,21 +158,18 @@ class Chat:
 
     def ask(self, question: str, *, show: Show) -> None:
         """Every speaker replies; `show` draws the tokens and prints. Ctrl-C ends the replies where they are."""
-        prompts = [speaker.prompt(question, self.turns) for speaker in self.speakers]
-        streams = [self._stream(speaker, prompt) for speaker, prompt in zip(self.speakers, prompts, strict=True)]
-        replies = [Reply(speaker.encoding) for speaker in self.speakers]
+        rounds = [(speaker, speaker.prompt(question, self.turns), Reply(speaker.encoding)) for speaker in self.speakers]
         pressed: list[int] = []
         with ctrl_c(lambda number, frame: pressed.append(number)):
-            texts = [reply.write(tokens, pressed) for reply, tokens in zip(replies, streams, strict=True)]
+            texts = [reply.write(self._stream(speaker, prompt), pressed) for speaker, prompt, reply in rounds]
             show([speaker.name for speaker in self.speakers], texts)
-            for speaker, prompt, reply in zip(self.speakers, prompts, replies, strict=True):
+            for speaker, prompt, reply in rounds:
                 speaker.turns += [(HUMAN, question), (ASSISTANT, reply.text)]
                 if not reply.finished:
                     say(f"[{speaker.name}: cut off after {len(reply.ids)} tokens]")
                 if self.reward_model is not None:
-                    print(
-                        f"[{speaker.name}: reward {score(self.reward_model, speaker, prompt, reply):.2f}]", flush=True
-                    )
+                    reward = score(self.reward_model, speaker, prompt, reply)
+                    print(f"[{speaker.name}: reward {reward:.2f}]", flush=True)
         self.questions += 1
 
     def _stream(self, speaker: Speaker, prompt: str) -> Iterator[int]:
@@ -235,10 +232,9 @@ def ctrl_c(handler: Callable[[int, Any], object]) -> Iterator[None]:
 @torch.no_grad()
 def score(model: RewardModel, speaker: Speaker, prompt: str, reply: Reply) -> float:
     """The reward model's score of a reply, of the ids as they were sampled; nan where there is none to score."""
-    ids = reply.ids
     longest = model.gpt.config.n_positions
-    row = encode_example(speaker.encoding, prompt, reply.text, max_length=longest, response_ids=ids)
-    if row is None or not ids:
+    row = encode_example(speaker.encoding, prompt, reply.text, max_length=longest, response_ids=reply.ids)
+    if row is None or not reply.ids:
         return math.nan
     batch = pad([row]).to(model.score.weight.device)
     return model(batch.tokens, batch.lengths).item()

@@ -32,16 +32,7 @@ from torch import Tensor
 from minirlhf import distributed, dpo, reward_functions
 from minirlhf.batch import Example, batch_indices, permutation, require_batch
 from minirlhf.comparisons import ReferencedComparison, pair_logprobs, pair_micro_batches
-from minirlhf.config import (
-    Count,
-    Finite,
-    FolderName,
-    NotNegative,
-    Positive,
-    SamplingConfig,
-    TrainConfig,
-    run_script,
-)
+from minirlhf.config import Count, Finite, FolderName, NotNegative, Positive, SamplingConfig, TrainConfig, run_script
 from minirlhf.model import GPT
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.rollout import Rollout, collect, rollout_keys, rollout_metrics
