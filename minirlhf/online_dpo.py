@@ -32,16 +32,7 @@ from torch import Tensor
 from minirlhf import distributed, dpo, reward_functions
 from minirlhf.batch import Example, batch_indices, permutation, require_batch
 from minirlhf.comparisons import ReferencedComparison, pair_logprobs, pair_micro_batches
-from minirlhf.config import (
-    Count,
-    Finite,
-    FolderName,
-    NotNegative,
-    Positive,
-    SamplingConfig,
-    TrainConfig,
-    run_script,
-)
+from minirlhf.config import Count, Finite, FolderName, NotNegative, Positive, SamplingConfig, TrainConfig, run_script
 from minirlhf.model import GPT
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.rollout import Rollout, collect, rollout_keys, rollout_metrics
@@ -102,7 +93,7 @@ def label(rollout: Rollout) -> tuple[list[ReferencedComparison], dict[str, int]]
     examples = [Example(row[:n], ids) for (row, n), ids in zip(prompts, answers, strict=True)]
     ref = rollout.ref_logprobs.sum(dim=1).tolist()
     scores, groups = rollout.scores.tolist(), rollout.groups.tolist()
-    found: list[ReferencedComparison] = []
+    pairs: list[ReferencedComparison] = []
     counts = {"pairs": 0, "ties": 0, "identical": 0}
     for group in dict.fromkeys(groups):
         rows = [row for row, other in enumerate(groups) if other == group]
@@ -114,9 +105,9 @@ def label(rollout: Rollout) -> tuple[list[ReferencedComparison], dict[str, int]]
         counts[kind] += 1
         if kind == "pairs":
             order = (0, 1) if scores[first] > scores[second] else (1, 0)
-            both = [examples[row] for row in rows]
-            found.append(ReferencedComparison(both, [order], ref_seq_logprobs=[ref[row] for row in rows]))
-    return found, counts
+            both = [examples[first], examples[second]]
+            pairs.append(ReferencedComparison(both, [order], ref_seq_logprobs=[ref[first], ref[second]]))
+    return pairs, counts
 
 
 def train_step(
@@ -206,11 +197,8 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                 )
                 require_finite(scores=rollout.scores)
                 pairs, counts = label(rollout)
-                metrics = {
-                    **rollout_metrics(rollout),
-                    **counts,
-                    **update(state, pairs, config, device, stage),
-                }
+                learned = update(state, pairs, config, device, stage)
+                metrics = {**rollout_metrics(rollout), **counts, **learned}
                 stage.hold()  # where no pair was left, no optimizer step has done so
                 state.iteration += 1
                 stage.finish(iteration, {**metrics, "learning_rate": learning_rate}, tokens=int(rollout.lengths.sum()))
