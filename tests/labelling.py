@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from minirlhf.feedback.candidates import Candidates, read_candidates
 from minirlhf.feedback.label_file import LabelFile
+from minirlhf.feedback.labels import Candidates, read_candidates
 from minirlhf.feedback.session import Session
 from minirlhf.feedback.tasks import make_tasks
 from minirlhf.files import write_records
