@@ -262,7 +262,9 @@ def test_another_address_is_not_followed(stub, tmp_path: Path, waits: list) -> N
 
 def test_a_server_without_log_probabilities(stub, tmp_path: Path, waits: list) -> None:
     stub.answers = [body({"choices": [{"message": {"content": "A"}, "logprobs": None}]})]
-    with pytest.raises(UserError, match="gives no log-probabilities"):
+    with pytest.raises(
+        UserError, match="gives no log-probabilities .logprobs is null., which the judge needs; 0 answers are kept"
+    ):
         make(stub, tmp_path, waits).first_token("Which?")
     assert len(stub.requests) == 1
 

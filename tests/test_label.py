@@ -19,7 +19,7 @@ import train_reward
 from minirlhf.feedback import collect, label, terminal
 from minirlhf.feedback.label_file import LabelFile
 from minirlhf.feedback.labels import Label, read_labels
-from minirlhf.feedback.tasks import make_tasks
+from minirlhf.feedback.tasks import TaskConfig, make_tasks
 from minirlhf.files import write_records
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import UserError
@@ -30,9 +30,9 @@ killing = labelling.benchmark("kill_labelling")
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 def tasks_of(folder: Path, *, prompts: int, count: int = 2, **changes) -> list:
-    made = write_candidates(folder / "c.jsonl", prompts, count)
-    settings = {"mode": "pairs", "pairs_per_prompt": 1, "repeat_share": 0.1, "labeller": "anna", "seed": 0}
-    return make_tasks(made, **{**settings, **changes})
+    write_candidates(folder / "c.jsonl", prompts, count)
+    config = TaskConfig(candidates=folder / "c.jsonl", pairs_per_prompt=changes.pop("pairs_per_prompt", 1))
+    return make_tasks(config, **{"labeller": "anna", "repeat_share": 0.1, **changes})
 
 
 def test_one_item_in_ten_is_asked_again_the_other_way_round(tmp_path: Path) -> None:

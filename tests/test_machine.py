@@ -20,7 +20,7 @@ from minirlhf.evaluate import judges
 from minirlhf.evaluate.judges import comparison_text
 from minirlhf.feedback import machine, pairs, stats
 from minirlhf.feedback.agreement import order_bias
-from minirlhf.feedback.labels import Candidates, Label, read_candidates, read_labels
+from minirlhf.feedback.labels import Candidates, Label, read_labels
 from minirlhf.feedback.machine import by_orders, label_by_machine
 from minirlhf.feedback.pairs import worked_comparisons
 from minirlhf.feedback.tasks import Task, make_tasks
@@ -52,9 +52,7 @@ def test_the_questions_are_those_that_people_are_asked(candidates: Path, tmp_pat
         candidates=candidates, output=tmp_path / "m.jsonl", labeller="m", pairs_per_prompt=2, seed=5
     )
     label_by_machine(config, ask)
-    people = make_tasks(
-        read_candidates(candidates), mode="pairs", pairs_per_prompt=2, repeat_share=0.1, labeller="anna", seed=5
-    )
+    people = make_tasks(config, "anna", repeat_share=0.1)
     assert {task.key for task in seen} == {task.key for task in people if not task.repeat}
     assert len(seen) == 24 and len({task.shown for task in seen}) == 2
 

@@ -81,27 +81,18 @@ def main(config: Config) -> Path:
             max_new_tokens=config.max_new_tokens,
             seed=config.seed,
         )
-        records = [{name: record[name] for name in ("prompt", "responses", "response_ids")} for record in candidates]
-        rank(records, config, sources[0].digest)
+        labeller = Labeller(config.labeller_temperature, config.noise, config.length_bias, config.seed)
+        origin = {"seed": config.seed, "policy": sources[0].digest, "temperature": config.temperature}
+        records = []
+        for number, sampled in enumerate(candidates):
+            record = {name: sampled[name] for name in ("prompt", "responses", "response_ids")}
+            ranks = labeller.rank(record["prompt"], record["responses"], key=number)
+            records.append({**record, "ranks": ranks, "labeller": "simulated", **origin})
         write_records(output, [r for r in records if len(r["responses"]) >= 2])
         tokens = sum(len(ids) for r in records for ids in r["response_ids"])
         reencoded = sum(collect.reencoded_differently(encoding, r) for r in records)
         stage.finish(0, {**statistics(records), "reencoded_differently": reencoded}, tokens=tokens)
     return output
-
-
-def rank(records: list[Record], config: Config, policy: str) -> None:
-    """Let the simulated labeller rank the responses of each record; ranks and provenance go into the record."""
-    labeller = Labeller(config.labeller_temperature, config.noise, config.length_bias, config.seed)
-    provenance = {
-        "labeller": "simulated",
-        "seed": config.seed,
-        "policy": policy,
-        "temperature": config.temperature,
-    }
-    for number, record in enumerate(records):
-        record["ranks"] = labeller.rank(record["prompt"], record["responses"], key=number)
-        record |= provenance
 
 
 def statistics(records: list[Record]) -> dict:

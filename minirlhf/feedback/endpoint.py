@@ -119,7 +119,7 @@ class CallLog(Journal):
 
 
 class Failure(Exception):
-    """A call that failed and may be made again; `wait` is the server's own wish, in seconds."""
+    """A call that failed. `wait` is the server's own wish, in seconds; inf where asking again is of no use."""
 
     def __init__(self, reason: str, *, status: int | None = None, wait: float = 0.0) -> None:
         super().__init__(reason)
@@ -182,17 +182,17 @@ class Endpoint:
                 return self._call(key, request)
             except Failure as failure:
                 reason = failure
+            require(reason.wait <= LONGEST_WAIT, f"{self.url}: {reason}; {self._kept()}")
             if attempt < self.config.attempts:
                 backoff = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
                 self.sleep(min(LONGEST_WAIT, max(backoff, reason.wait)))
         raise UserError(f"{self.url}: {self.config.attempts} calls failed, the last with: {reason}; {self._kept()}")
 
     def _check_budget(self) -> None:
-        log = self.log
-        calls = f"--max-calls {self.config.max_calls}: the budget of calls is spent; {self._kept()}"
-        require(log.calls < self.config.max_calls, calls)
-        tokens = f"--max-tokens {self.config.max_tokens}: the budget of tokens is spent ({log.tokens}); {self._kept()}"
-        require(log.tokens < self.config.max_tokens, tokens)
+        log, most_calls, most_tokens = self.log, self.config.max_calls, self.config.max_tokens
+        require(log.calls < most_calls, f"--max-calls {most_calls}: the budget of calls is spent; {self._kept()}")
+        words = f"--max-tokens {most_tokens}: the budget of tokens is spent ({log.tokens}); {self._kept()}"
+        require(log.tokens < most_tokens, words)
 
     def _kept(self) -> str:
         return f"{len(self.log.answers)} answers are kept in {self.log.path}, run again to go on from there"
@@ -204,50 +204,43 @@ class Endpoint:
         row |= {"status": None, "answer": None, "error": None, "tokens": len(json.dumps(request).encode())}
         try:
             reply = self._post(request)
-            row["status"] = 200
-            row["answer"] = first_token_logprobs(reply)
+            row |= {"status": 200, "answer": first_token_logprobs(reply)}
             row["tokens"] = _tokens(reply, otherwise=row["tokens"])
             return row["answer"]
         except Failure as failure:
-            row["status"], row["error"] = failure.status, str(failure)
-            row["tokens"] = 0 if failure.status in BUSY else row["tokens"]  # it answered that it did not do it
-            raise
-        except UserError as error:
-            row["error"], row["tokens"] = str(error), 0
+            row |= {"status": failure.status, "error": str(failure)}
+            row["tokens"] *= failure.status in (None, 200)  # with another one it says that it did not do it
             raise
         finally:
             self.log.add({**row, "seconds": round(time.monotonic() - clock, 3)})
 
     def _post(self, request: dict[str, Any]) -> Any:
-        """The reply as JSON; raises Failure where another try may help, else UserError."""
+        """The reply as JSON; raises Failure."""
         try:
-            status, asked_wait, content = self._exchange(request)
+            status, wait, content = self._exchange(request)
         except (TimeoutError, requests.Timeout, ReadTimeoutError) as error:
             raise Failure(f"no answer within {self.config.timeout:g} s") from error
         except (OSError, HTTPError) as error:
             raise Failure(_first_cause(error)) from error
-        if 200 <= status < 300:
-            if len(content) > LARGEST:
-                raise Failure(f"an answer of more than {LARGEST} bytes", status=200)
-            try:
-                return json.loads(content)
-            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-                raise Failure("the answer is not JSON", status=200) from error
-        words = " ".join(content[:500].decode("utf-8", "replace").split())  # the server's own, without the key
-        words = words.replace(self.key, "***") if self.key else words
-        reason = f"status {status}{': ' if words else ''}{words}"
-        require(status in BUSY, f"{self.url}: {reason}; {self._kept()}")
-        wait = retry_after(asked_wait)
-        require(wait <= LONGEST_WAIT, f"{self.url}: {reason}; it asks to wait {wait:.0f} s; {self._kept()}")
-        raise Failure(reason, status=status, wait=wait)
+        if not 200 <= status < 300:
+            words = " ".join(content[:500].decode("utf-8", "replace").split())  # the server's own, without the key
+            words = f": {words.replace(self.key, '***') if self.key else words}" if words else ""
+            words += f"; it asks to wait {wait:.0f} s" if wait > LONGEST_WAIT else ""
+            raise Failure(f"status {status}{words}", status=status, wait=wait if status in BUSY else math.inf)
+        if len(content) > LARGEST:
+            raise Failure(f"an answer of more than {LARGEST} bytes", status=200)
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+            raise Failure("the answer is not JSON", status=200) from error
 
-    def _exchange(self, request: dict[str, Any]) -> tuple[int, str | None, bytes]:
-        """Status, Retry-After and body of one POST, of which no more than LARGEST + 1 bytes are read.
+    def _exchange(self, request: dict[str, Any]) -> tuple[int, float, bytes]:
+        """Status, seconds that it asks to wait, and body of one POST, of which no more than LARGEST + 1 bytes are read.
 
         Raises TimeoutError when it takes longer than `timeout` in all. The limits of `requests` hold for each read, and
         a server that sends a byte now and then would keep within them for ever: so another thread waits for it.
         """
-        result: Future[tuple[int, str | None, bytes]] = Future()
+        result: Future[tuple[int, float, bytes]] = Future()
 
         def post() -> None:
             try:
@@ -260,7 +253,7 @@ class Endpoint:
                     stream=True,
                 ) as reply:
                     body = reply.raw.read(LARGEST + 1, decode_content=False)
-                    result.set_result((reply.status_code, reply.headers.get("Retry-After"), body))
+                    result.set_result((reply.status_code, retry_after(reply.headers.get("Retry-After")), body))
             except Exception as error:
                 result.set_exception(error)
 
@@ -278,12 +271,13 @@ def _first_cause(error: BaseException) -> str:
 def first_token_logprobs(reply: Any) -> dict[str, float]:
     """Text of each likeliest first token -> its log-probability, from a reply of the server.
 
-    Raises Failure for what is no such reply, UserError for a server that gives no log-probabilities.
+    Raises Failure for what is no such reply, a final one for a server that gives no log-probabilities.
     """
     try:
         logprobs = reply["choices"][0]["logprobs"]
         if logprobs is None:
-            raise UserError("the server gives no log-probabilities (logprobs is null), which the judge needs")
+            words = "the server gives no log-probabilities (logprobs is null), which the judge needs"
+            raise Failure(words, status=200, wait=math.inf)
         rows = [(row["token"], row["logprob"]) for row in logprobs["content"][0]["top_logprobs"]]
     except (KeyError, IndexError, TypeError) as error:
         raise Failure("the answer has no choices[0].logprobs.content[0].top_logprobs", status=200) from error

@@ -18,7 +18,7 @@ from minirlhf.config import Fraction, Port
 from minirlhf.feedback.label_file import LabelFile
 from minirlhf.feedback.page import label_on_page
 from minirlhf.feedback.session import Session
-from minirlhf.feedback.tasks import Mode, TaskConfig
+from minirlhf.feedback.tasks import Mode, TaskConfig, make_tasks
 from minirlhf.feedback.terminal import label_in_terminal
 
 
@@ -41,7 +41,7 @@ class Config(TaskConfig):
 def main(config: Config) -> Path:
     """Ask until all is done or the labeller stops; returns the file of labels."""
     output = config.output or config.run / "labels" / "labels.jsonl"
-    tasks = config.tasks(config.labeller, mode=config.mode, repeat_share=config.repeats)
+    tasks = make_tasks(config, config.labeller, mode=config.mode, repeat_share=config.repeats)
     with LabelFile(output) as file:
         session = Session(tasks, file, labeller=config.labeller)
         if config.page:

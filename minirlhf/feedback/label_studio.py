@@ -30,7 +30,7 @@ from typing import Any
 from minirlhf.config import Settings
 from minirlhf.data.formats import FORMATS, BadRow, LeftOut, as_answer, text_of
 from minirlhf.feedback.labels import Candidates, Label, Row, new_file, parse_candidates, ranks_of, read_lines, values_of
-from minirlhf.feedback.tasks import Task, TaskConfig
+from minirlhf.feedback.tasks import Task, TaskConfig, make_tasks
 from minirlhf.files import write_records, write_text
 from minirlhf.runtime import UserError, require
 
@@ -56,7 +56,7 @@ class ImportConfig(Settings):
 def export_tasks(config: ExportConfig) -> Path:
     """Write a pair a task as a JSON array; returns the file."""
     output = new_file(config.output or config.run / "labels" / "label-studio.json")
-    tasks = config.tasks("label-studio")
+    tasks = make_tasks(config, "label-studio")
     content = ",\n".join(json.dumps({"data": task_data(task)}, ensure_ascii=False) for task in tasks)
     write_text(output, f"[{content}]\n")
     print(f"{output}: {len(tasks)} tasks")

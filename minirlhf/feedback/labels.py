@@ -156,26 +156,19 @@ def parse_label(row: Row) -> Label:
         row = {**row, "responses": [row["chosen"], text_of(row, "rejected")], "ranks": [0, 1]}
     compared = parse_candidates(row)
     count = len(compared.responses)
-    ranks = values_of(row, "ranks", count)
+    find(row, "ranks")
+    sizes = {"ranks": count, "shown": count, "scores": count, "orders": 2}
+    lists: dict[str, Any] = {name: values_of(row, name, size) for name, size in sizes.items() if name in row}
+    ranks, shown = lists["ranks"], lists.get("shown")
     if sorted(set(ranks)) != list(range(len(set(ranks)))):
         raise BadRow(f"'ranks' {list(ranks)} leave a rank out; count 0 for the best, then 1, and so on")
-    verdict = text_of(row, "verdict") if "verdict" in row else ("tie" if len(set(ranks)) == 1 else "ranked")
-    shown = values_of(row, "shown", count) if "shown" in row else None
     if shown is not None and sorted(shown) != list(range(count)):
         raise BadRow(f"'shown' {list(shown)} must name each of the {count} positions once, from 0")
+    verdict = text_of(row, "verdict") if "verdict" in row else ("tie" if len(set(ranks)) == 1 else "ranked")
     _check_verdict(verdict, ranks, shown)
-    label = Label(
-        **vars(compared),
-        ranks=ranks,
-        verdict=verdict,
-        labeller=text_of(row, "labeller") if "labeller" in row else "unknown",
-        shown=shown,
-        repeat=row.get("repeat", False),
-        note=text_of(row, "note") if "note" in row else "",
-        seconds=row.get("seconds"),
-        scores=values_of(row, "scores", count) if "scores" in row else None,
-        orders=values_of(row, "orders", 2) if "orders" in row else None,  # type: ignore[arg-type]
-    )
+    given: dict[str, Any] = {name: row[name] for name in ("repeat", "seconds") if name in row}
+    given |= {name: text_of(row, name) for name in ("labeller", "note") if name in row}
+    label = Label(**vars(compared), **lists, **{"labeller": "unknown", "verdict": verdict, **given})
     if not label.labeller.strip():
         raise BadRow("the field 'labeller' is blank")
     if not isinstance(label.repeat, bool):

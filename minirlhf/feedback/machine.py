@@ -24,7 +24,7 @@ from minirlhf.encode import Record, encode_comparison
 from minirlhf.evaluate.judges import JudgeModel, ModelFolder, RewardScorer
 from minirlhf.feedback.agreement import order_bias
 from minirlhf.feedback.labels import Label, new_file
-from minirlhf.feedback.tasks import Mode, Task, TaskConfig
+from minirlhf.feedback.tasks import Mode, Task, TaskConfig, make_tasks
 from minirlhf.files import write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
@@ -50,7 +50,9 @@ class MachineConfig(TaskConfig):
 
 def label_by_machine(config: MachineConfig, ask: Ask) -> Path:
     """Ask about all tasks and write the labels; returns their file."""
-    tasks = config.tasks(config.labeller, mode=config.mode)[: config.max_items]  # no repeats: they would be the same
+    tasks = make_tasks(config, config.labeller, mode=config.mode)[
+        : config.max_items
+    ]  # no repeats: they would be the same
     output = new_file(config.output or config.run / "labels" / f"{config.labeller}.jsonl")
     labels = list(ask(tasks))
     write_records(output, [label.record() for label in labels])
@@ -131,8 +133,7 @@ def _answers(folder: ModelFolder, task: Task) -> list[Example]:
     record: Record = {name: value for name, value in vars(task.candidates).items() if value is not None}
     record["ranks"] = range(len(task.shown))
     comparison = encode_comparison(folder.encoding, record, max_length=folder.positions)
-    whole = comparison is not None and len(comparison.examples) == len(task.shown)
-    return comparison.examples if comparison is not None and whole else []
+    return comparison.examples if comparison and len(comparison.examples) == len(task.shown) else []
 
 
 def by_scores(labeller: str, task: Task, scores: Sequence[float]) -> Label:
@@ -207,16 +208,14 @@ def by_pairs(
     preferred  probability that the answer read first is the better one, None where the judge does not say
     """
     questions = [
-        [
-            (task.candidates.prompt, one, other)
-            for first, second in itertools.combinations(task.answers, 2)
-            for one, other in ((first, second), (second, first))
-        ]
+        (task.candidates.prompt, one, other)
         for task in tasks
+        for both in itertools.combinations(task.answers, 2)
+        for one, other in (both, both[::-1])
     ]
-    shares = iter(preferred([asked for both in questions for asked in both]))
-    for task, both in zip(tasks, questions, strict=True):
-        given = [next(shares) for _ in both]
+    shares = iter(preferred(questions))
+    for task in tasks:
+        given = list(itertools.islice(shares, len(task.shown) * (len(task.shown) - 1)))
         spoken = [share for share in given if share is not None]
         orders = list(zip(spoken[::2], spoken[1::2], strict=False))
         yield by_orders(config, task, orders) if spoken == given else task.label(config.labeller, None)

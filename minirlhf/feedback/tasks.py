@@ -37,20 +37,6 @@ class TaskConfig(Settings):
     seed: Seed = 0
     """Seed of the choice and order of tasks and answers."""
 
-    def tasks(self, labeller: str, *, mode: Mode = "pairs", repeat_share: float = 0.0) -> list[Task]:
-        """All tasks of a labeller, in order; raises UserError where there are no candidates."""
-        require(bool(labeller.strip()), "--labeller: give a name")
-        source = self.candidates or self.run / "labels" / "candidates.jsonl"
-        require(source.is_file(), f"{source}: no such file; make it with `python -m minirlhf.feedback collect`")
-        return make_tasks(
-            read_candidates(source),
-            mode=mode,
-            pairs_per_prompt=self.pairs_per_prompt,
-            repeat_share=repeat_share,
-            labeller=labeller,
-            seed=self.seed,
-        )
-
 
 @dataclass(frozen=True)
 class Task:
@@ -94,23 +80,20 @@ class Task:
         )
 
 
-def make_tasks(
-    candidates: Sequence[Candidates],
-    *,
-    mode: Mode,
-    pairs_per_prompt: int,
-    repeat_share: float,
-    labeller: str,
-    seed: int,
-) -> list[Task]:
-    """All tasks of a labeller, in order.
+def make_tasks(config: TaskConfig, labeller: str, *, mode: Mode = "pairs", repeat_share: float = 0.0) -> list[Task]:
+    """All tasks of a labeller, in order; raises UserError where there are no candidates.
 
     mode              "pairs": `pairs_per_prompt` pairs of each prompt's responses; "rankings": all of them at once
     repeat_share      repeats per first label: 0.1 asks one item again after every ten
     labeller          labellers see the same items in orders of their own
     """
-    key = (seed, Stream.LABELLER, zlib.crc32(labeller.encode()))
-    items = list(candidates) if mode == "rankings" else _pairs(candidates, pairs_per_prompt, seed)
+    require(bool(labeller.strip()), "--labeller: give a name")
+    source = config.candidates or config.run / "labels" / "candidates.jsonl"
+    require(source.is_file(), f"{source}: no such file; make it with `python -m minirlhf.feedback collect`")
+    items = read_candidates(source)
+    if mode == "pairs":
+        items = _pairs(items, config.pairs_per_prompt, config.seed)
+    key = (config.seed, Stream.LABELLER, zlib.crc32(labeller.encode()))
     unique = {item_id(item.prompt, item.responses): item for item in items}
     items = list(unique.values())
     order = permutation(len(items), *key, 0)
