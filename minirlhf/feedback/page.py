@@ -101,10 +101,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Press a key in the state that the page shows; 409 with the new state where it has changed since."""
-        size, here = self.headers.get("Content-Length", ""), f"http://{self.server.host}"
+        size, origin = self.headers.get("Content-Length", ""), f"http://{self.server.host}"
         if self._place() != "press":
             self._refuse(HTTPStatus.NOT_FOUND)
-        elif self.headers.get("Origin", here) != here:
+        elif self.headers.get("Origin", origin) != origin:
             self._refuse(HTTPStatus.FORBIDDEN)
         elif not size.isdecimal() or int(size) > LARGEST:
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
