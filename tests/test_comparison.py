@@ -24,11 +24,10 @@ from minirlhf.evaluate import __main__ as evaluate
 from minirlhf.evaluate import comparison, evaluation
 from minirlhf.evaluate.bootstrap import bootstrap_interval
 from minirlhf.evaluate.diversity import distinct_n, self_overlap
-from minirlhf.evaluate.judges import JudgeModel, ModelFolder, RewardScorer, Sampled
+from minirlhf.evaluate.judges import JudgeModel, ModelFolder, RewardScorer, Sampled, comparison_text
 from minirlhf.evaluate.table import table
 from minirlhf.evaluate.win_rate import length_controlled
 from minirlhf.evaluate.words import RUDE_WORDS, WordList
-from minirlhf.feedback.judge_model import comparison_text
 from minirlhf.files import write_records
 from minirlhf.generate import generate
 from minirlhf.hf import folder

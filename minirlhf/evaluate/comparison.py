@@ -28,9 +28,8 @@ from minirlhf.evaluate.proxy import against_judge
 from minirlhf.evaluate.table import table
 from minirlhf.evaluate.win_rate import Verdicts, length_controlled, presentations, verdicts, wins
 from minirlhf.evaluate.words import RUDE_WORDS, WordList
-from minirlhf.feedback.collect import SLOTS
 from minirlhf.files import write_json, write_records
-from minirlhf.generate import generate
+from minirlhf.generate import SLOTS, generate
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
 from minirlhf.reward import RewardModel

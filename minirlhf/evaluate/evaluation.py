@@ -30,9 +30,8 @@ from minirlhf.encode import encode_prompt
 from minirlhf.evaluate.bootstrap import bootstrap_interval
 from minirlhf.evaluate.judges import PARTS, judge_parts
 from minirlhf.evaluate.win_rate import wins
-from minirlhf.feedback.collect import SLOTS
 from minirlhf.files import write_json, write_records
-from minirlhf.generate import Samples, generate
+from minirlhf.generate import SLOTS, Samples, generate
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
 from minirlhf.reward import RewardModel
