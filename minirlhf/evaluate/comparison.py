@@ -19,9 +19,9 @@ import numpy as np
 import tyro
 
 from minirlhf import data
-from minirlhf.config import Count, Seed, Settings
+from minirlhf.config import Count
 from minirlhf.encode import Record, encode_prompts
-from minirlhf.evaluate.evaluation import Answers, judged, measure, sample, with_texts
+from minirlhf.evaluate.evaluation import Answers, AnswersConfig, judged, measure, sample, with_texts
 from minirlhf.evaluate.judges import PARTS, JudgeModel, ModelFolder, RewardScorer, Sampled, find_judge
 from minirlhf.evaluate.statistics import against_judge, estimate, interval_of
 from minirlhf.evaluate.tables import SHARE, Column, rows, with_interval
@@ -36,19 +36,15 @@ from minirlhf.tokenizer import same_ids
 
 
 @dataclass
-class Config(Settings):
+class Config(AnswersConfig):
     models: Annotated[tuple[str, ...], tyro.conf.Positional] = ()
     """Two models or more: folders of models or of stages, or names on the hub; the first is the baseline."""
     prompts: str = str(project_file("world", "prompts.test.jsonl"))
     """Held-out prompts: a file of any known format, or a hub name."""
     split: str = ""
     """Part of `prompts`, e.g. [:100]."""
-    max_prompts: Count = 500
-    """Use at most this many prompts, from the start."""
     samples: Count = 4
     """Answers of each model to each prompt; self-overlap and the agreement of reward model and judge need two."""
-    max_new_tokens: Count = 32
-    """Length limit of an answer in tokens."""
     judge: str | None = None
     """`world`, package.module:function, or the folder of a reward model; by default `world` without `judge_model`."""
     judge_model: str | None = None
@@ -65,12 +61,6 @@ class Config(Settings):
     """Text file of rude words, one a line."""
     out: Path = Path("runs/comparison")
     """Folder for `comparison.json` and `answers.jsonl`; earlier ones there are replaced."""
-    micro_batch_tokens: Count = 8192
-    """Padded tokens a forward pass."""
-    seed: Seed = 0
-    """Seed of the answers, of the order of two answers, and of the bootstrap."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
 
 
 PRESETS = {"comparison": Config()}

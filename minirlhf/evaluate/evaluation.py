@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import tiktoken
@@ -46,39 +46,37 @@ from minirlhf.tokenizer import response_text, same_ids
 
 
 @dataclass
-class Config(Settings):
+class AnswersConfig(Settings):
+    """The settings of answers to held-out prompts, a run's or any models'."""
+
+    max_prompts: Count = 500
+    """Use at most this many prompts, from the start."""
+    max_new_tokens: Count = 32
+    """Length limit of an answer in tokens."""
+    micro_batch_tokens: Count = 8192
+    """Padded tokens a forward pass."""
+    seed: Seed = 0
+    """Seed of the answers, of the order in which a judge sees two, and of the bootstrap."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+
+
+@dataclass
+class Config(AnswersConfig):
     preset: Literal["tiny"] = "tiny"
     """Set of defaults; the judge knows the embedded world alone."""
     run: Path = Path("runs/tiny")
     """Folder of the run; reads its models, writes `<run>/summary.json` and `<run>/answers.jsonl`."""
     prompts: Path = project_file("world", "prompts.test.jsonl")
     """JSONL file of held-out prompts."""
-    max_prompts: Count = 500
-    """Use at most this many prompts, from the start of the file."""
     best_of: tuple[Count, ...] = (4, 16)
     """Sizes n of best-of-n from the SFT model by the reward model's score."""
-    max_new_tokens: Count = 32
-    """Length limit of an answer in tokens."""
-    micro_batch_tokens: Count = 8192
-    """Padded tokens a forward pass."""
-    seed: Seed = 0
-    """Seed of the answers and the bootstrap."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
-    """Where to compute; auto takes a GPU where there is one."""
 
 
 PRESETS = {"tiny": Config()}
 
 
 # -------------------------------------------------------------------------------------------- what is done with a model
-class Limits(Protocol):
-    """The settings of both commands that sampling and measuring read."""
-
-    max_new_tokens: int
-    micro_batch_tokens: int
-    seed: int
-
-
 @dataclass
 class Answers:
     """K answers to each of P prompts, a prompt's next to each other, and what was measured about these B = P K rows.
@@ -102,7 +100,7 @@ class Answers:
     verdicts: Verdicts | None = None
 
 
-def sample(model: GPT, prompts: Sequence[list[int]], eos_id: int, config: Limits, *, count: int = 1) -> Samples:
+def sample(model: GPT, prompts: Sequence[list[int]], eos_id: int, config: AnswersConfig, *, count: int = 1) -> Samples:
     """`count` answers to each prompt, a prompt's next to each other, from streams that no training reads."""
     every = [(i, k) for i in range(len(prompts)) for k in range(count)]
     return generate(
@@ -123,7 +121,9 @@ def with_texts(samples: Samples, prompts: Sequence[str], encoding: tiktoken.Enco
     return Sampled([prompt for prompt in prompts for _ in range(each)], texts, samples, encoding)
 
 
-def measure(sampled: Sampled, parts: np.ndarray, reward: np.ndarray, reference: GPT | None, config: Limits) -> Answers:
+def measure(
+    sampled: Sampled, parts: np.ndarray, reward: np.ndarray, reference: GPT | None, config: AnswersConfig
+) -> Answers:
     """Lengths and the KL to the reference, where there is one, beside what judge and reward model gave."""
     samples, kl = sampled.samples, None
     if reference is not None:

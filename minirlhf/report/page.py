@@ -37,11 +37,11 @@ SECTIONS: dict[str, tuple[str, str, Callable[[Sequence[Run]], list[Block]]]] = {
 }
 
 
-def cut(value: object) -> object:
-    """A text, or its beginning and how much was left out."""
+def cut(value: object) -> str:
+    """A text, or its beginning and how much was left out; markup as it is."""
     words = value if isinstance(value, Markup) else str(value)
-    more = 0 if isinstance(value, Markup) else len(words) - LONGEST
-    return f"{words[:LONGEST]} … ({more:,} more characters)" if more > 0 else words
+    whole = isinstance(value, Markup) or len(words) <= LONGEST
+    return words if whole else f"{words[:LONGEST]} … ({len(words) - LONGEST:,} more characters)"
 
 
 def render(runs: Sequence[Run]) -> str:

@@ -15,25 +15,24 @@ from minirlhf.runtime import require
 
 Row = dict[str, Any]
 
-# The kinds of stages in their order, each with a number that it logs and no kind below it here: folders may have any
+# The kinds of stages in their order: title, and a number that it logs and no kind above it here. Folders may have any
 # name, and one run may hold several of a kind.
-TELLING = {
-    "rejection": "score_best",
-    "online-dpo": "ties",
-    "ppo": "clip_fraction",
-    "dpo": "reward_chosen",
-    "feedback": "agreement_with_judge",
-    "reward": "accuracy",
-    "sft": "loss",
+KINDS = {
+    "sft": ("SFT", "loss"),
+    "feedback": ("Feedback", "agreement_with_judge"),
+    "reward": ("Reward model", "accuracy"),
+    "ppo": ("PPO", "clip_fraction"),
+    "dpo": ("DPO", "reward_chosen"),
+    "online-dpo": ("Online DPO", "ties"),
+    "rejection": ("Rejection sampling", "score_best"),
 }
-KINDS = ("sft", "feedback", "reward", "ppo", "dpo", "online-dpo", "rejection", "other")
 
 
 @dataclass(frozen=True)
 class StageRun:
     """One stage's folder.
 
-    kind     one of KINDS
+    kind     one of KINDS, or "other"
     setup    run.json: configuration, inputs, models, versions, machine; empty where it is missing
     rows     of metrics.jsonl;  hints, trace  of the files of these names
     seconds  that its steps took, as far as timing.jsonl tells
@@ -89,8 +88,8 @@ def is_number(value: object) -> bool:
 
 def kind_of(name: str, metrics: Iterable[str]) -> str:
     """The kind of the stage that logged these metrics, of a folder's name where there are none yet."""
-    logged = set(metrics)
-    return next((kind for kind, metric in TELLING.items() if metric in logged), name if name in KINDS else "other")
+    logged, usual = set(metrics), name if name in KINDS else "other"
+    return next((kind for kind, (_, metric) in reversed(KINDS.items()) if metric in logged), usual)
 
 
 def read_stage(folder: Path) -> StageRun:
@@ -113,7 +112,7 @@ def read_run(folder: Path, label: str) -> Run:
     require(folder.is_dir(), f"{folder}: no such folder; give the folder of a run, as runs/tiny")
     parts = [path for path in folder.iterdir() if (path / "run.json").is_file() or (path / "metrics.jsonl").is_file()]
     stages = [read_stage(path) for path in parts]
-    stages.sort(key=lambda stage: (KINDS.index(stage.kind), stage.name != stage.kind, stage.name))
+    stages.sort(key=lambda stage: ([*KINDS, "other"].index(stage.kind), stage.name != stage.kind, stage.name))
     summary = read_json(folder / "summary.json")
     require(bool(stages or summary), f"{folder}: holds no stage of a run; give the folder above sft/, reward/, ppo/")
     return Run(

@@ -14,20 +14,11 @@ from typing import Any
 from markupsafe import Markup
 
 from minirlhf.report.chart import Line, figure, number
-from minirlhf.report.run import Run, StageRun, labelled
+from minirlhf.report.run import KINDS, Run, StageRun, labelled
 from minirlhf.runs.health import HEALTHY, Metric
 
 Block = dict[str, Any]
 DIGITS = 12  # of a hash that are shown
-TITLES = {
-    "sft": "SFT",
-    "feedback": "Feedback",
-    "reward": "Reward model",
-    "ppo": "PPO",
-    "dpo": "DPO",
-    "online-dpo": "Online DPO",
-    "rejection": "Rejection sampling",
-}
 
 
 def quiet(words: str) -> Block:
@@ -115,7 +106,7 @@ def curves(runs: Sequence[Run]) -> list[Block]:
         "docs/glossary.md. Long curves are means of neighbouring steps; the end is the mean of the last tenth."
     )
     blocks = [quiet(about)]
-    for kind, title in TITLES.items():
+    for kind, (title, _) in KINDS.items():
         stages = [(label, stage) for label, _, stage in labelled(runs, kind)]
         blocks += [{"h3": title, "id": f"curves-{kind}"}, *curves_of(kind, stages)] if stages else []
     return blocks
