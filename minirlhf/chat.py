@@ -232,8 +232,7 @@ def ctrl_c(handler: Callable[[int, Any], object]) -> Iterator[None]:
 @torch.no_grad()
 def score(model: RewardModel, speaker: Speaker, prompt: str, reply: Reply) -> float:
     """The reward model's score of a reply, of the ids as they were sampled; nan where there is none to score."""
-    longest = model.gpt.config.n_positions
-    row = encode_example(speaker.encoding, prompt, reply.text, max_length=longest, response_ids=reply.ids)
+    row = encode_example(speaker.encoding, prompt, reply.ids, max_length=model.gpt.config.n_positions)
     if row is None or not reply.ids:
         return math.nan
     batch = pad([row]).to(model.score.weight.device)

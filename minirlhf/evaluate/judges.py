@@ -135,7 +135,7 @@ class RewardScorer:
         encoding, rows = self.folder.encoding, []
         for prompt, text, ended in zip(sampled.prompts, sampled.texts, sampled.samples.finished.tolist(), strict=True):
             ids = tokenizer.encode(encoding, text) + [encoding.eot_token] * ended
-            row = encode_example(encoding, prompt, text, max_length=self.folder.positions, response_ids=ids)
+            row = encode_example(encoding, prompt, ids, max_length=self.folder.positions)
             if row is None:
                 raise UserError(
                     f"{self.folder.path}: an answer of {len(ids)} tokens does not fit; lower --max-new-tokens"
