@@ -220,7 +220,7 @@ def train_step(
 
 
 def sample_rollout(
-    state: State, reference: GPT, reward: Reward, env: Environment, config: Config, *, rescore: bool, max_tokens: int
+    state: State, reference: GPT, reward: Reward, env: Environment, config: Config, stage: Stage, *, rescore: bool
 ) -> Rollout:
     """A response, or a group of them, to each prompt of this iteration, with all that is known before the update."""
     k, size = config.group_size, config.rollout_size // config.group_size
@@ -238,7 +238,7 @@ def sample_rollout(
         temperature=config.temperature,
         missing_eos_score=config.missing_eos_score,
         rescore=rescore,
-        max_tokens=max_tokens,
+        max_tokens=stage.micro_batch_tokens,
         groups=[i for i in chosen for _ in range(k)],
     )
 
@@ -383,8 +383,8 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
         while state.iteration < config.iterations:
             iteration, beta = state.iteration, state.kl_controller.beta if state.kl_controller else config.beta
             set_learning_rates(state, config)
-            with autocast(device, dtype), stage.attempt() as max_tokens:
-                rollout = sample_rollout(state, reference, reward, env, config, rescore=rescore, max_tokens=max_tokens)
+            with autocast(device, dtype):
+                rollout = sample_rollout(state, reference, reward, env, config, stage, rescore=rescore)
                 mask = rollout.mask  # (B, T-1), true on the response, its EOS included
 
                 # Rewards: the KL penalty at each token, the score at the last. Ziegler et al. 2019, eq. 2
@@ -411,12 +411,13 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
                             break  # in the epochs that remain too
                         of_texts = (config.seed, Stream.PRETRAINING, iteration, epoch, number)
                         drawn = draw_texts(texts, len(minibatch), *of_texts)
-                        step = train_step(state, minibatch, config, beta=beta, max_tokens=max_tokens, texts=drawn)
+                        for attempt in stage.attempts():
+                            with attempt as tokens:
+                                step = train_step(state, minibatch, config, beta=beta, max_tokens=tokens, texts=drawn)
                         steps.append(step)
                 metrics = end_iteration(state, experience, steps, config, beta=beta)
                 stage.finish(iteration, metrics, tokens=int(rollout.lengths.sum()))
-            if state.iteration > iteration:
-                look(state, reference, reward, env.encoding)
+            look(state, reference, reward, env.encoding)
         stage.save(policy, env.encoding, objective="PPO against a reward model.")
     return stage.output
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import distributed
-from minirlhf.batch import Example, own_micro_batches
+from minirlhf.batch import Example, fitting, own_micro_batches
 from minirlhf.model import GPT
 
 C = TypeVar("C", bound="Comparison")
@@ -191,15 +191,20 @@ def over_comparisons(
 ) -> list[Tensor]:
     """`function(PairBatch) -> (R,)` in micro-batches, without gradient: the K numbers of each comparison, in order.
 
-    Of several processes each computes its share, and all get everything.
+    Of several processes each computes its share, and all get everything. Where memory is refused the micro-batches
+    become smaller.
     """
     counts = [len(c.examples) for c in comparisons]
     numbers = torch.arange(sum(counts)).split(counts)
-    result = torch.zeros(sum(counts), dtype=torch.float64)  # on the host, where every device has float64
-    for index in _micro_batches(comparisons, max_tokens):
-        values = function(pad_comparisons([comparisons[i] for i in index]).to(device))
-        result[torch.cat([numbers[i] for i in index])] = values.cpu().double()
-    return list(distributed.all_sum(result).split(counts))
+
+    def own_rows(max_tokens: int) -> Tensor:
+        result = torch.zeros(sum(counts), dtype=torch.float64)  # on the host, where every device has float64
+        for index in _micro_batches(comparisons, max_tokens):
+            values = function(pad_comparisons([comparisons[i] for i in index]).to(device))
+            result[torch.cat([numbers[i] for i in index])] = values.cpu().double()
+        return result
+
+    return list(distributed.all_sum(fitting(own_rows, max_tokens)).split(counts))
 
 
 def _micro_batches(comparisons: Sequence[Comparison], max_tokens: int) -> list[list[int]]:

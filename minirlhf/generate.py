@@ -24,6 +24,7 @@ from minirlhf.model import GPT, log_softmax
 from minirlhf.runtime import DivergenceError, UserError, require
 
 REFILL = 0.125  # share of the slots that must be free before waiting prompts are read into them
+SLOTS = 1024  # rows decoded at a time where there may be very many: bounds the KV cache
 REPLAYED = ("cuda",)  # kinds of device on which a step is captured
 # By kind of device, with what holds for the others. The GPU's are chosen, not measured: a capture costs some steps.
 COMPACT_BELOW = defaultdict(lambda: 0.75, cuda=0.5)  # share of unfinished rows at which the others' slots are given up

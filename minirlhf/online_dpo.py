@@ -137,7 +137,7 @@ def train_step(
 
 
 def update(
-    state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device, *, max_tokens: int
+    state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device, stage: Stage
 ) -> dict[str, Tensor | int]:
     """Epochs of shuffled minibatches over the pairs; means over the steps, of which there are none without a pair."""
     rows = []
@@ -146,7 +146,9 @@ def update(
         for index in torch.tensor(order).tensor_split(config.minibatches):
             if len(index):  # few pairs may be left
                 batch = [comparisons[i] for i in index.tolist()]
-                rows.append(train_step(state, batch, config, device, max_tokens=max_tokens))
+                for attempt in stage.attempts():
+                    with attempt as max_tokens:
+                        rows.append(train_step(state, batch, config, device, max_tokens=max_tokens))
     means = {name: torch.stack([row[name].cpu() for row in rows]).mean() for name in (rows[0] if rows else ())}
     return {**means, "optimizer_steps": len(rows)}
 
@@ -176,7 +178,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
             factor = linear_schedule(iteration, config.iterations)
             learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             chosen = batch_indices(len(env.prompts), config.rollout_size, seed=config.seed, step=iteration)
-            with autocast(device, dtype), stage.attempt() as max_tokens:
+            with autocast(device, dtype):
                 rollout = collect(
                     policy,
                     reference,
@@ -190,16 +192,17 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     temperature=config.temperature,
                     missing_eos_score=config.missing_eos_score,
                     rescore=dtype != torch.float32,
-                    max_tokens=max_tokens,
+                    max_tokens=stage.micro_batch_tokens,
                     groups=[i for i in chosen for _ in range(2)],
                 )
                 require_finite(scores=rollout.scores)
                 pairs, counts = label(rollout)
-                learned = update(state, pairs, config, device, max_tokens=max_tokens)
+                learned = update(state, pairs, config, device, stage)
                 metrics = {**rollout_metrics(rollout), **counts, **learned}
+                stage.hold()  # where no pair was left, no optimizer step has done so
                 state.iteration += 1
                 stage.finish(iteration, {**metrics, "learning_rate": learning_rate}, tokens=int(rollout.lengths.sum()))
-            if observe and state.iteration > iteration:
+            if observe:
                 observe(state)
         stage.save(policy, env.encoding, objective="Online DPO: its own answers, labelled.")
     return stage.output

@@ -28,9 +28,8 @@ from minirlhf.batch import permutation
 from minirlhf.config import AtLeastTwo, Count, FolderName, SamplingConfig, run_script
 from minirlhf.encode import Record
 from minirlhf.evaluate.evaluation import best_of_n_kl
-from minirlhf.feedback.collect import SLOTS
 from minirlhf.files import source_hash, write_records
-from minirlhf.generate import generate
+from minirlhf.generate import SLOTS, generate
 from minirlhf.model import GPT
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runs.stage import Stage

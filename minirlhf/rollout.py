@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import distributed, ops, ppo
-from minirlhf.batch import Batch, Example, own_micro_batches, pad, permutation
+from minirlhf.batch import Batch, Example, fitting, own_micro_batches, pad, permutation
 from minirlhf.generate import Samples, generate
 from minirlhf.model import GPT
 from minirlhf.reward import ValueModel
@@ -52,19 +52,25 @@ def over_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, max_to
     """`function(batch)` computed in micro-batches, without gradient; a (B,) or (B, T-1) result, 0 beyond a row.
 
     function  per-row: its result for a row must not depend on the other rows
-    Every process computes a share of the rows and returns the result for all of them.
+    Every process computes a share of the rows and returns the result for all of them. Where memory is refused the
+    micro-batches become smaller.
     """
-    parts = own_micro_batches(batch.lengths, max_tokens)
-    first = function(batch.rows(parts[0] if parts else torch.tensor([0])))  # without rows: what a result looks like
-    shape = (len(batch),) if first.ndim == 1 else (len(batch), batch.tokens.shape[1] - 1)
-    result = first.new_zeros(shape)
-    for number, part in enumerate(parts):
-        value = function(batch.rows(part)) if number else first
-        if value.ndim == 1:
-            result[part] = value
-        else:
-            result[part, : value.shape[1]] = value
-    return distributed.all_sum(result)  # each row from one process, 0 from the others: nothing is rounded
+
+    def own_rows(max_tokens: int) -> Tensor:
+        parts = own_micro_batches(batch.lengths, max_tokens)
+        first = function(batch.rows(parts[0] if parts else torch.tensor([0])))  # without rows: how a result looks
+        shape = (len(batch),) if first.ndim == 1 else (len(batch), batch.tokens.shape[1] - 1)
+        result = first.new_zeros(shape)
+        for number, part in enumerate(parts):
+            value = function(batch.rows(part)) if number else first
+            if value.ndim == 1:
+                result[part] = value
+            else:
+                result[part, : value.shape[1]] = value
+        return result
+
+    # Each row from one process, 0 from the others: nothing is rounded.
+    return distributed.all_sum(fitting(own_rows, max_tokens))
 
 
 def sample(

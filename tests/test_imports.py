@@ -23,8 +23,8 @@ FLOORS = [
     {"encode", "reward"},
     {"data", "runs"},
     {"reward_functions", "rollout"},
+    {"evaluate"},  # its judges label, too
     {"feedback"},
-    {"evaluate"},
     {"report", "rejection"},
     {"chat", "online_dpo"},
     {"train_sft", "train_reward", "train_ppo", "train_dpo"},
