@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import data
-from minirlhf.batch import Batch
+from minirlhf.batch import Batch, over_micro_batches
 from minirlhf.config import Count, Seed, Settings
 from minirlhf.encode import encode_prompt
 from minirlhf.evaluate.judges import PARTS, ModelFolder, Sampled, judge_parts
@@ -39,7 +39,6 @@ from minirlhf.generate import SLOTS, Samples, generate
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
 from minirlhf.reward import RewardModel
-from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import Stream, project_file, require, resolve_device
 from minirlhf.tokenizer import response_text, same_ids
 

@@ -22,7 +22,7 @@ import tiktoken
 import torch
 
 from minirlhf import reward_functions, tokenizer
-from minirlhf.batch import Batch, Example, pad
+from minirlhf.batch import Batch, Example, over_micro_batches, pad
 from minirlhf.data.formats import message_prompt
 from minirlhf.encode import encode_example, encode_prompt
 from minirlhf.generate import Samples
@@ -30,7 +30,6 @@ from minirlhf.hf.folder import read_settings
 from minirlhf.hf.hub import model_folder, weight_files
 from minirlhf.model import GPT, read_config
 from minirlhf.reward import RewardModel
-from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import UserError, require
 from minirlhf.world import judge
 
