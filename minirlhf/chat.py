@@ -95,7 +95,7 @@ class Reply:
         self.text += self._bytes.decode(b"", final=True)
 
     def write(self, tokens: Iterator[int], pressed: list[int]) -> Iterator[str]:
-        """What is shown of the reply, after each token and at its end; Ctrl-C, once it is in `pressed`, ends it."""
+        """The text to show, after each token and at the end; Ctrl-C, once it is in `pressed`, ends the reply."""
         while not self.finished and not pressed and (token := next(tokens, None)) is not None:
             self.add(token)
             yield self.shown
@@ -215,7 +215,7 @@ class Chat:
 
 
 def say(text: str) -> None:
-    """What is not a reply, on standard error."""
+    """Print on standard error what is not a reply."""
     print(text, file=sys.stderr, flush=True)
 
 
