@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import project  # noqa: F401  first: it finds the package
 
-from minirlhf.evaluate.bootstrap import ENDS, RESAMPLES, resampled
+from minirlhf.evaluate.statistics import ENDS, RESAMPLES, resampled
 
 WHOLE = "nothing"  # what the recipe as it is goes without
 CURVES = ("score", "kl", "approximate_kl", "clip_fraction", "value_clip_fraction", "explained_variance", "entropy")

@@ -34,7 +34,7 @@ import train_ppo
 import train_sft
 from minirlhf import data, rejection, reward_functions, tokenizer
 from minirlhf.encode import encode_prompt
-from minirlhf.evaluate.bootstrap import bootstrap_interval, estimate
+from minirlhf.evaluate.statistics import bootstrap_interval, estimate
 from minirlhf.files import write_records
 from minirlhf.generate import generate
 from minirlhf.model import GPT

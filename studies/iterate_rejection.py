@@ -30,7 +30,7 @@ from trials import Trial, run_trials
 import train_sft
 from minirlhf import data, rejection, tokenizer
 from minirlhf.evaluate import evaluation
-from minirlhf.evaluate.bootstrap import bootstrap_interval
+from minirlhf.evaluate.statistics import bootstrap_interval
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 

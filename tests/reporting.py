@@ -12,7 +12,7 @@ from minirlhf.report import write_report
 from minirlhf.runtime import project_file
 
 EVIL = (
-    "<script>document.title='owned'</script><img src=http://evil.example onerror=alert(1)>\"'><b>&amp; $sections ${x}"
+    "<script>document.title='owned'</script><img src=http://evil.example onerror=alert(1)>\"'><b>&amp; {{ title }} {% x"
 )
 LONG = "w" * 300  # one word
 MODELS = ("sft", "best-of-4", "best-of-16", "ppo", "dpo")
@@ -20,10 +20,12 @@ VOID = {"meta", "br", "img", "link", "input"}
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
-def model(mark: float, kl: float, *, bound: bool = False) -> dict:
-    parts = {name: {"mean": mark, "interval": [mark - 0.05, mark + 0.05]} for name in ("total", "helpful", "honest")}
-    parts |= {"harmless": parts["total"], "win_rate": {"mean": 0.75, "interval": [0.72, 0.78]}, "reward": 2 * mark}
-    return {**parts, "kl": kl, "kl_is_bound": bound, "length": 10.0, "eos_rate": 1.0}
+def model(mark: float, kl: float, *, bound: bool = False, length: float = 10.0) -> dict:
+    """A row of the summary in which no two numbers are alike."""
+    shifts = {"total": 0.0, "helpful": -0.01, "honest": -0.02, "harmless": 0.03}
+    parts = {name: {"mean": mark + by, "interval": [mark + by - 0.05, mark + by + 0.06]} for name, by in shifts.items()}
+    parts["win_rate"] = {"mean": 0.75, "interval": [0.71, 0.78]}
+    return {**parts, "reward": 2 * mark, "kl": kl, "kl_is_bound": bound, "length": length, "eos_rate": 0.97}
 
 
 SUMMARY = {
@@ -34,7 +36,7 @@ SUMMARY = {
         "sft": model(0.16, -1e-9),
         "best-of-4": model(0.69, 0.64, bound=True),
         "best-of-16": model(0.78, 1.84, bound=True),
-        "ppo": model(0.80, 1.26),
+        "ppo": model(0.80, 1.26, length=12.0),
         "dpo": model(0.66, 0.8),
     },
 }
@@ -108,7 +110,7 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data: str) -> None:
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] != ["style"] and (data.strip() or "\n" not in data):  # line ends between elements
             self.text += data
 
     def all(self, tag: str) -> list[dict[str, str]]:

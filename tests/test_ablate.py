@@ -24,7 +24,7 @@ from ablation_report import CURVES, HELD_OUT, WHOLE, changed, interval, report, 
 
 import train_ppo
 from minirlhf import ops, ppo
-from minirlhf.evaluate.bootstrap import bootstrap_interval
+from minirlhf.evaluate.statistics import bootstrap_interval
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import Experience

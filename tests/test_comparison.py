@@ -22,12 +22,11 @@ from minirlhf.config import run_script
 from minirlhf.encode import Record, encode_prompt
 from minirlhf.evaluate import __main__ as evaluate
 from minirlhf.evaluate import comparison, evaluation
-from minirlhf.evaluate.bootstrap import bootstrap_interval
-from minirlhf.evaluate.diversity import distinct_n, self_overlap
+from minirlhf.evaluate.comparison import table
 from minirlhf.evaluate.judges import JudgeModel, ModelFolder, RewardScorer, Sampled, comparison_text
-from minirlhf.evaluate.table import table
+from minirlhf.evaluate.statistics import bootstrap_interval
+from minirlhf.evaluate.texts import RUDE_WORDS, WordList, distinct_n, self_overlap
 from minirlhf.evaluate.win_rate import length_controlled
-from minirlhf.evaluate.words import RUDE_WORDS, WordList
 from minirlhf.files import write_records
 from minirlhf.generate import generate
 from minirlhf.hf import folder

@@ -11,8 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirlhf import data
-from minirlhf.evaluate.diversity import distinct_n, ngrams, self_overlap
-from minirlhf.evaluate.words import RUDE_WORDS, WordList
+from minirlhf.evaluate.texts import RUDE_WORDS, WordList, distinct_n, ngrams, self_overlap
 from minirlhf.runtime import UserError
 from minirlhf.world.judge import RUDENESS
 

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
 import iterate_rejection
 
 import train_sft
-from minirlhf.evaluate.bootstrap import bootstrap_interval
+from minirlhf.evaluate.statistics import bootstrap_interval
 
 
 def figures(seed: int, choice: str, judged: list[list[float]]) -> dict:

@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minirlhf.evaluate.bootstrap import resampled
-from minirlhf.evaluate.proxy import against_judge, agreeing_pairs, correlation
+from minirlhf.evaluate.statistics import against_judge, agreeing_pairs, correlation, resampled
 
 REWARDS = np.array([[3.0, 1.0, 2.0], [0.0, 0.0, 5.0]])
 MARKS = np.array([[1.0, -1.0, -1.0], [0.5, 0.0, 0.0]])

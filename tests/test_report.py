@@ -12,12 +12,11 @@ import pytest
 from reporting import BROKEN, FALLING, RISING, ROWS, SUMMARY, Page, a_run, page_of, point, write
 
 from minirlhf.report import write_report
-from minirlhf.report.chart import Axis, Line, chart, log_ticks, thinned, ticks
-from minirlhf.report.healthy import HEALTHY, Band
-from minirlhf.report.markup import brief, number
+from minirlhf.report.chart import POINTS, Axis, Line, chart, log_ticks, number, short, thinned, ticks
 from minirlhf.report.page import SECTIONS
 from minirlhf.report.run import kind_of, read_run
 from minirlhf.report.verdict import at, checks, fall, over_optimised, traced
+from minirlhf.runs.health import HEALTHY, RULES, Metric
 
 
 @pytest.fixture
@@ -36,11 +35,11 @@ def test_a_finished_run_has_every_section_and_its_numbers(run: Path) -> None:
         "PPO did not over-optimise.",
         "All 9 thresholds are met.",
         "92.5% of 2302 pairs",
-        "75% (72% to 78%)",
+        "75% (71% to 78%)",
         "ppo, step 3: clip Lower the rate.",
-        "+0.78 (+0.73 to +0.83)",
+        "+0.78 (+0.73 to +0.84)",
         "at most 1.8",
-        "end 0.6 ✗ outside healthy: at most 0.3",  # the clip fraction
+        "end 0.6 ✗ outside healthy: at most 0.3 Lower --learning-rate or --epochs",  # the clip fraction
         "end 0.4",
         "150",
         "train.jsonl abababababab",
@@ -132,9 +131,27 @@ def test_a_second_policy_of_a_run_is_drawn_beside_the_first(run: Path) -> None:
     text = page_of(run).text
     assert "PPO did not over-optimise." in text and "PPO (ppo-bold) over-optimised." in text
     assert "ppo-bold: judge" in text and "ppo-bold: end 0.6" in text
-    assert kind_of("mine", [{"step": 0, "loss": 1.0, "reward_chosen": 0.0, "accuracy": 0.5}]) == "dpo"
-    assert kind_of("mine", [{"step": 0, "loss": 1.0, "accuracy": 0.5}]) == "reward"
-    assert kind_of("mine", []) == "other"
+
+
+@pytest.mark.parametrize(
+    ("logged", "kind"),
+    [
+        (("loss", "grad_norm"), "sft"),
+        (("loss", "accuracy"), "reward"),
+        (("loss", "reward_chosen", "accuracy"), "dpo"),
+        (("score", "kl", "clip_fraction"), "ppo"),
+        (("score", "kl", "ties", "loss", "reward_chosen", "accuracy"), "online-dpo"),
+        (("prompts", "score", "score_best", "score_random"), "rejection"),
+        ((), "other"),
+    ],
+)
+def test_a_stage_of_any_name_is_what_it_logs(logged: tuple[str, ...], kind: str, run: Path) -> None:
+    assert kind_of("mine", logged) == kind and (kind_of("ppo", logged) == kind or not logged)
+    (run / "mine").mkdir()
+    write(run / "mine" / "metrics.jsonl", [{"step": 0, **dict.fromkeys(logged, 0.5)}])
+    page = page_of(run)
+    assert ("PPO (mine)" in page.text) == (kind == "ppo") and len([h for h in page.all("h3") if "id" in h]) in (5, 6)
+    assert f"curves-{kind}" in [h.get("id") for h in page.all("h3")] or kind == "other"
 
 
 @pytest.mark.parametrize(("errors", "answer"), [(2.9, "no"), (3.1, "yes")])
@@ -165,6 +182,25 @@ def test_the_verdict_and_the_numbers_behind_it(trace: list, answer: str, words: 
     finding = over_optimised(found, found.of_kind("ppo")[0])
     assert finding.answer == answer and words in finding.why
     assert finding.headline in page_of(run).text
+
+
+def test_the_headline_is_green_only_where_all_is_well(run: Path) -> None:
+    def headline() -> tuple[str, str]:
+        return re.search(r'class="finding (\w+)">([^<]+)<', write_report([run]).read_text()).groups()
+
+    assert headline() == ("good", "PPO did not over-optimise.")
+    write(run / "ppo" / "trace.jsonl", [RISING[0], point(12, 0.1, 0.2, 0.16, spread=0.9)])
+    assert headline() == ("middling", "PPO did not over-optimise, but the judge&#39;s mark did not rise.")
+    write(run / "ppo" / "trace.jsonl", RISING)
+    (run / "ppo" / "stage.json").write_text('{"finished": false}')
+    assert headline() == ("middling", "PPO did not over-optimise, and is not finished.")
+    (run / "ppo" / "stage.json").write_text('{"finished": true}')
+    summary = json.loads(json.dumps(SUMMARY))
+    summary["models"]["ppo"]["eos_rate"] = 0.4
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert headline() == ("middling", "PPO did not over-optimise, but not all of its thresholds are met.")
+    write(run / "ppo" / "trace.jsonl", FALLING)
+    assert headline() == ("bad", "PPO over-optimised.")
 
 
 def test_without_a_trace_a_judge_that_prefers_sft_is_enough(run: Path) -> None:
@@ -208,14 +244,23 @@ def test_the_glossary_has_the_healthy_ranges_of_the_table() -> None:
         kind = re.search(r"`([\w-]+)[./]", heading)[1]
         rows = [(re.match(r"\| `(\w+)` \|", line), re.findall(r"\*\*(.+?)\*\*", line)) for line in lines]
         told |= {(kind, name[1]): bold[0] for name, bold in rows if name and bold}
-    assert told == {place: str(band) for place, band in HEALTHY.items()}
+    assert told == {place: str(metric) for place, metric in HEALTHY.items() if metric.has_range}
+
+
+def test_every_hint_has_advice_and_every_range_in_the_curves_too() -> None:
+    assert all(HEALTHY[rule.about].advice for rule in RULES.values())
+    assert all(m.advice for (stage, _), m in HEALTHY.items() if m.has_range and stage != "summary")
 
 
 def test_ranges_in_words_and_in_units_of_the_first_value() -> None:
-    assert [str(Band(high=1e-4)), str(Band(low=0.9)), str(Band(0, 10))] == ["at most 0.0001", "at least 0.9", "0 to 10"]
-    half = Band(0.5, 2, of_first=True)
-    assert str(half) == "0.5 to 2 of the first" and half.beside(10.0) == Band(5.0, 20.0)
-    assert 20.0 in half.beside(10.0) and 20.1 not in half.beside(10.0) and 0.3 in Band(high=0.3)
+    assert [str(Metric(high=1e-4)), str(Metric(low=0.9)), str(Metric(0, 10))] == [
+        "at most 0.0001",
+        "at least 0.9",
+        "0 to 10",
+    ]
+    half = Metric(0.5, 2, of_first=True)
+    assert str(half) == "0.5 to 2 of the first" and half.beside(10.0) == Metric(5.0, 20.0)
+    assert 20.0 in half.beside(10.0) and 20.1 not in half.beside(10.0) and 0.3 in Metric(high=0.3)
 
 
 # -------------------------------------------------------------------------------------------------------------- charts
@@ -224,7 +269,7 @@ def test_a_line_is_drawn_where_its_numbers_are() -> None:
     path = re.search(r'class="line c0" d="M([\d. L]+)"', svg)[1]
     (x0, y0), (x1, y1), (x2, y2) = (tuple(map(float, p.split())) for p in path.split("L"))
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11) and y0 - y1 == pytest.approx(y1 - y2, abs=0.11)  # one decimal
-    assert y0 > y2 and (x0, y0) == (52.0, 192.0)  # the frame's corner: left 52, bottom 230 - 38
+    assert y0 > y2 and (x0, y0) == (58.0, 192.0)  # the frame's corner: left 58, bottom 230 - 38
     assert "no number yet" in chart("t", [Line("a", [(0, float("inf"))])], x_label="step")
 
 
@@ -239,10 +284,65 @@ def test_axes_have_round_numbers() -> None:
 def test_long_curves_are_drawn_as_means() -> None:
     assert thinned([(0, 1.0), (1, 3.0), (2, 5.0), (3, 9.0), (4, 4.0)], 3) == [(0.5, 2.0), (2.5, 7.0), (4.0, 4.0)]
     assert thinned([(0, 1.0), (1, 3.0)], 2) == [(0, 1.0), (1, 3.0)]
-    assert [number(11447.0), number(-0.00012345), brief(0.0), brief(-0.5), brief(1.0)] == [
-        "11,447",
-        "−0.0001234",
-        "0",
-        "−0.5",
-        "+1",
-    ]
+    assert [number(11447.0), number(-0.00012345)] == ["11,447", "−0.0001234"]
+
+
+@pytest.mark.parametrize("count", [2, 89, 300, POINTS])
+def test_a_chart_has_a_point_for_every_row(count: int, run: Path) -> None:
+    """And paths that are whole: an attribute that is cut short draws half a curve."""
+    names = ("loss", "validation_loss", "grad_norm", "learning_rate")
+    write(run / "sft" / "metrics.jsonl", [{"step": i, **dict.fromkeys(names, 1.0 + i % 7)} for i in range(count)])
+    source = write_report([run]).read_text()
+    paths = [p["d"] for p in Page(source).all("path") if p["class"] == "line c0"]
+    assert all(re.fullmatch(r"M[\d.]+ [\d.]+(L[\d.]+ [\d.]+)*", path) for path in paths)
+    assert [path.count("L") + 1 for path in paths].count(count) >= len(names)
+
+
+@pytest.mark.parametrize("top", [3e-7, -2.5e-5, 0.012345, 7.0, 123456.0, -7.5e8])
+def test_numbers_beside_an_axis_are_short_enough_to_be_seen(top: float) -> None:
+    """Eight characters of about 6.5 units fit into the margin of 52."""
+    assert max(len(short(tick)) for tick in ticks(min(0.0, top), max(0.0, top))) <= 8
+    assert (
+        [float(short(tick).replace("−", "-").replace(",", "")) for tick in ticks(0, top)]
+        == (pytest.approx(ticks(0, top), rel=5e-3))
+        if top > 0
+        else True
+    )
+
+
+def test_a_logarithmic_axis_says_so() -> None:
+    line = [Line("a", [(0, 1.0), (1, 50.0)])]
+    assert "log scale" in chart("t", line, x_label="step", log=True)
+    assert "log scale" not in chart("t", line, x_label="step")
+    assert "log scale" not in chart("t", [Line("a", [(0, -1.0), (1, 50.0)])], x_label="step", log=True)
+
+
+def test_no_line_doubles_back(run: Path) -> None:
+    """Where the KL falls on the way, its chart has dots alone; over time there is a line all the same."""
+    for trace, lines in (([*RISING, point(18, 1.1, 1.0, 0.9)], 0), (RISING, 2)):
+        write(run / "ppo" / "trace.jsonl", trace)
+        source = write_report([run]).read_text()
+        charts = dict(re.findall(r"<svg[^>]*><title>(Reward and judge [^<]+)</title>(.*?)</svg>", source, re.S))
+        assert charts["Reward and judge against distance"].count('class="line') == lines
+        assert charts["Reward and judge over time"].count('class="line') == 2
+        assert all(part.count("<circle") == 2 * len(trace) for part in charts.values())
+        assert ("Dots without a line" in source) == (lines == 0)
+
+
+def test_every_figure_stands_where_it_belongs(run: Path) -> None:
+    """On fixtures of which no two numbers are alike: rows of the tables, and (x, y) of the charts."""
+    text = page_of(run).text
+    for words in (
+        "ppo+0.80 (+0.75 to +0.86)+0.79+0.78+0.8375% (71% to 78%)1.312.097%+1.60",
+        "best-of-4+0.69 (+0.64 to +0.75)+0.68+0.67+0.7275% (71% to 78%)at most 0.610.097%+1.38",
+        "PPO stayed near SFTKL 0 to 10 nats1.3",
+        "PPO is about as long as SFT0.5 to 2 times1.20 times (12.0 tokens)",
+        "run15090.0%0.020.25",
+    ):
+        assert words in text, words
+    dots = re.findall(r"(?:best-of-n|ppo|reward model|judge|reward model \(proxy\)|harmless): [^,\n]+, [\d.]+", text)
+    assert {"best-of-n: 1.84, 1.56", "best-of-n: 0, 0.32", "ppo: 1.26, 1.6", "ppo: 1.26, 0.8"} <= set(
+        dots
+    )  # KL, reward
+    assert {"judge: 1.14, 0.8", "reward model (proxy): 1.14, 0.9", "judge: 12, 0.8", "harmless: 12, 0.8"} <= set(dots)
+    assert {"reward model: 0.95, 0.93", "reward model: 0.55, 0.53"} <= set(dots)  # confidence, accuracy

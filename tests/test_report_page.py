@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import browser
 import pytest
@@ -15,8 +17,8 @@ from minirlhf import __main__ as demo
 from minirlhf.evaluate import calibration
 from minirlhf.report import __main__ as command
 from minirlhf.report import write_report
-from minirlhf.report.markup import element
-from minirlhf.report.page import LARGEST, MOST_HINTS
+from minirlhf.report.page import LARGEST
+from minirlhf.report.results import MOST_HINTS
 from minirlhf.runtime import UserError
 
 CHROMIUM = browser.executable()
@@ -39,8 +41,7 @@ def test_nothing_that_a_run_holds_is_read_as_markup(tmp_path: Path) -> None:
     allowed += " td span ul li figure figcaption i svg path text circle rect article details summary code"
     assert {tag for tag, _ in page.elements} <= set(allowed.split())
     assert not [name for _, attributes in page.elements for name in attributes if name.startswith("on")]
-    assert page.text.count("<script>document.title='owned'</script>") >= 20 and "$sections ${x}" in page.text
-    assert element("p", "<b>", title='"<') == '<p title="&quot;&lt;">&lt;b&gt;</p>'
+    assert page.text.count("<script>document.title='owned'</script>") >= 20 and "{{ title }} {% x" in page.text
 
 
 def test_it_loads_nothing_and_links_nowhere(run: Path) -> None:
@@ -85,12 +86,38 @@ def test_what_is_no_run_is_refused_in_words(run: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             write_report(folders)
     (run / "sft" / "metrics.jsonl").write_text('{"step": 0}\nnonsense\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: is not JSON"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl:2: is not a JSON object"):
         write_report([run])
     (run / "sft" / "metrics.jsonl").write_text("")
     (run / "summary.json").write_text('{"models": {"sft": {"total": 3}}}')
     with pytest.raises(UserError, match="is not of the form"):
         write_report([run])
+
+
+def damages(value: object) -> Iterator[object]:
+    """The value with one part of it exchanged for one of another type, or left out, at every place in turn."""
+    yield from (None, "word", -1, 10**400, [], [1], {}, {"a": {}})
+    if isinstance(value, dict):
+        for name, part in value.items():
+            yield {other: kept for other, kept in value.items() if other != name}
+            yield from ({**value, name: worse} for worse in damages(part))
+
+
+@pytest.mark.parametrize(
+    "name", ["summary.json", "calibration.json", "seconds.json", "ppo/run.json", "ppo/trace.jsonl"]
+)
+def test_a_damaged_file_is_one_line_or_a_page(name: str, run: Path) -> None:
+    """A report is only about files of this project, and they come from older versions and from editors too."""
+    path = run / name
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    random = Random(name)
+    every = list(damages(json.loads(lines[-1])))
+    for worse in random.sample(every, min(60, len(every))):
+        path.write_text("\n".join([*lines[:-1], json.dumps(worse)]))
+        try:
+            write_report([run])
+        except UserError as error:
+            assert "\n" not in str(error)
 
 
 def test_the_demo_ends_with_a_report_that_has_a_calibration(tmp_path: Path) -> None:

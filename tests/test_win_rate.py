@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf.evaluate.bootstrap import bootstrap_interval, estimate, interval_of, resampled
+from minirlhf.evaluate.statistics import bootstrap_interval, estimate, interval_of, resampled
 from minirlhf.evaluate.win_rate import RIDGE, length_controlled, presentations, verdicts, wins
 
 

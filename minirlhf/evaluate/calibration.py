@@ -16,9 +16,8 @@ differences between bins are less sure than their counts suggest.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -26,25 +25,24 @@ from typing import Any, Literal
 import numpy as np
 import tiktoken
 
-from minirlhf import data, tokenizer
+from minirlhf import data
 from minirlhf.batch import pad
 from minirlhf.config import Count, Positive, Settings, run_script
 from minirlhf.encode import Record, encode_comparison, split_by_prompt
-from minirlhf.files import atomic, write_json
-from minirlhf.hf.hub import model_folder
+from minirlhf.evaluate.judges import ModelFolder
+from minirlhf.files import atomic, read_json, write_json
 from minirlhf.reward import RewardModel
 from minirlhf.rollout import over_micro_batches
-from minirlhf.runtime import UserError, require, resolve_device
+from minirlhf.runtime import require, resolve_device
 
 BINS = 10
-LENGTHS = (-5, 0, 1, 6)  # tokens by which the better answer is longer: under -5, -5 to -1, 0, 1 to 5, 6 and more
-SETTINGS = (
-    "comparisons",
-    "split",
-    "columns",
-    "validation_share",
-    "seed",
-)  # of train_reward.py, which say what it held out
+LENGTHS = {  # tokens by which the better answer is longer: from, and up to but not with
+    "shorter by 6 or more": (-math.inf, -5),
+    "shorter by 1 to 5": (-5, 0),
+    "equally long": (0, 1),
+    "longer by 1 to 5": (1, 6),
+    "longer by 6 or more": (6, math.inf),
+}
 
 
 @dataclass
@@ -95,29 +93,23 @@ class Pairs:
 
 
 def score_pairs(
-    model: RewardModel,
-    encoding: tiktoken.Encoding,
-    records: Sequence[Record],
-    *,
-    scale: float,
-    max_tokens: int,
+    model: RewardModel, encoding: tiktoken.Encoding, records: Sequence[Record], *, scale: float, max_tokens: int
 ) -> Pairs:
     """All pairs of the records, scored. Responses that do not fit the model are left out with their pairs."""
     encoded = [encode_comparison(encoding, record, max_length=model.gpt.config.n_positions) for record in records]
-    kept = [(record, c) for record, c in zip(records, encoded, strict=True) if c is not None]
-    require(len(kept) > 0, "no pair of these comparisons can be compared by this model")
-    batch = pad([e for _, c in kept for e in c.examples]).to(model.score.weight.device)
+    fitting = [(record, c) for record, c in zip(records, encoded, strict=True) if c is not None]
+    require(len(fitting) > 0, "no pair of these comparisons can be compared by this model")
+    batch = pad([e for _, c in fitting for e in c.examples]).to(model.score.weight.device)
     scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), batch, max_tokens).cpu().double().numpy()
     margins, longer, sources, start = [], [], [], 0
-    for record, comparison in kept:
-        names = record.get("sources", [])
-        known = len(names) == len(comparison.examples)
+    for record, comparison in fitting:
+        names, count = record.get("sources", []), len(comparison.examples)
+        lengths = [len(example.response_ids) for example in comparison.examples]
         for better, worse in comparison.pairs:
-            lengths = [len(comparison.examples[i].response_ids) for i in (better, worse)]
             margins.append(scale * (scores[start + better] - scores[start + worse]))
-            longer.append(lengths[0] - lengths[1])
-            sources.append(" and ".join(sorted((names[better], names[worse]))) if known else "")
-        start += len(comparison.examples)
+            longer.append(lengths[better] - lengths[worse])
+            sources.append(" and ".join(sorted((names[better], names[worse]))) if len(names) == count else "")
+        start += count
     return Pairs(np.array(margins), np.array(longer), sources)
 
 
@@ -144,33 +136,23 @@ def expected_calibration_error(bins: Sequence[dict[str, float]]) -> float:
 
 def summarise(pairs: Pairs) -> dict[str, Any]:
     """All figures as plain values."""
-    bins = bins_of(pairs)
+    bins, sources = bins_of(pairs), np.array(pairs.sources)
     thirds = np.array_split(np.argsort(np.abs(pairs.margins), kind="stable"), 3)
-    edges = [-math.inf, *LENGTHS, math.inf]
-    names = ["shorter by 6 or more", "shorter by 1 to 5", "equally long", "longer by 1 to 5", "longer by 6 or more"]
-    by_length = {
-        name: np.flatnonzero((pairs.longer >= low) & (pairs.longer < high))
-        for name, low, high in zip(names, edges, edges[1:], strict=False)
-    }
-    known = sorted(set(pairs.sources) - {""})
-    by_source = {name: np.flatnonzero(np.array(pairs.sources) == name) for name in known}
+    lengths = {name: (pairs.longer >= low) & (pairs.longer < high) for name, (low, high) in LENGTHS.items()}
+
+    def accuracies(groups: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
+        parts = {name: pairs.correct[rows] for name, rows in groups.items()}
+        return {name: {"pairs": len(part), "accuracy": float(part.mean())} for name, part in parts.items() if len(part)}
+
     return {
         "pairs": len(pairs.margins),
         "accuracy": float(pairs.correct.mean()),
         "loss": float(np.logaddexp(0, -pairs.margins).mean()),
         "expected_calibration_error": expected_calibration_error(bins),
         "bins": bins,
-        "by_margin": _accuracies(pairs, dict(zip(("small", "medium", "large"), thirds, strict=True))),
-        "by_length_of_the_better": _accuracies(pairs, by_length),
-        "by_sources": _accuracies(pairs, by_source),
-    }
-
-
-def _accuracies(pairs: Pairs, groups: dict[str, np.ndarray]) -> dict[str, dict[str, float]]:
-    return {
-        name: {"pairs": len(rows), "accuracy": float(pairs.correct[rows].mean())}
-        for name, rows in groups.items()
-        if len(rows)
+        "by_margin": accuracies(dict(zip(("small", "medium", "large"), thirds, strict=True))),
+        "by_length_of_the_better": accuracies(lengths),
+        "by_sources": accuracies({name: sources == name for name in sorted({*pairs.sources} - {""})}),
     }
 
 
@@ -185,14 +167,10 @@ def table(summary: dict[str, Any]) -> str:
     for b in summary["bins"]:
         name = f"{b['from']:.2f} to {b['from'] + 0.5 / BINS:.2f}"
         lines.append(f"{name:<24}{b['pairs']:>7}{b['confidence']:>11.1%}{b['accuracy']:>10.1%}")
-    for title, key in (
-        ("margin", "by_margin"),
-        ("the better answer is", "by_length_of_the_better"),
-        ("answers from", "by_sources"),
-    ):
-        if summary[key]:
-            lines += ["", f"{title:<24}{'pairs':>7}{'accuracy':>21}"]
-            lines += [f"{name:<24}{row['pairs']:>7}{row['accuracy']:>21.1%}" for name, row in summary[key].items()]
+    titles = {"margin": "by_margin", "the better answer is": "by_length_of_the_better", "answers from": "by_sources"}
+    for title, key in titles.items():
+        lines += ["", f"{title:<24}{'pairs':>7}{'accuracy':>21}"] if summary[key] else []
+        lines += [f"{name:<24}{row['pairs']:>7}{row['accuracy']:>21.1%}" for name, row in summary[key].items()]
     return "\n".join(lines)
 
 
@@ -200,19 +178,14 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     """Accuracy against confidence, with the diagonal of a calibrated model, and how many pairs each bin has."""
     from matplotlib import pyplot
 
-    width = 0.5 / BINS
-    middles = [b["from"] + width / 2 for b in summary["bins"]]
-    figure, (above, below) = pyplot.subplots(
-        2, 1, figsize=(4.6, 5.4), sharex=True, gridspec_kw={"height_ratios": (3, 1)}
-    )
+    width, bins = 0.5 / BINS, summary["bins"]
+    figure, (above, below) = pyplot.subplots(2, figsize=(4.6, 5.4), sharex=True, height_ratios=(3, 1))
     above.plot([0.5, 1], [0.5, 1], color="grey", linestyle="--", label="calibrated")
-    above.plot([b["confidence"] for b in summary["bins"]], [b["accuracy"] for b in summary["bins"]], marker="o")
-    above.set_ylabel("accuracy")
-    above.set_title(f"expected calibration error {summary['expected_calibration_error']:.3f}")
+    above.plot([b["confidence"] for b in bins], [b["accuracy"] for b in bins], marker="o")
+    above.set(ylabel="accuracy", title=f"expected calibration error {summary['expected_calibration_error']:.3f}")
     above.legend()
-    below.bar(middles, [b["pairs"] for b in summary["bins"]], width=width * 0.9)
-    below.set_xlabel("predicted probability of the side that the model takes")
-    below.set_ylabel("pairs")
+    below.bar([b["from"] + width / 2 for b in bins], [b["pairs"] for b in bins], width=width * 0.9)
+    below.set(xlabel="predicted probability of the side that the model takes", ylabel="pairs")
     figure.tight_layout()
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
@@ -223,33 +196,30 @@ def held_out_records(run: Path) -> list[Record]:
     """The comparisons that training <run>/reward held out, as its run.json says."""
     path = run / "reward" / "run.json"
     require(path.is_file(), f"{path}: no such file; train with train_reward.py, or give --comparisons")
-    settings = json.loads(path.read_text(encoding="utf-8"))["config"]
-    comparisons, split, columns, share, seed = (settings[name] for name in SETTINGS)
-    records = data.load(comparisons or run / "feedback" / "rankings.jsonl", "pairs", split=split, columns=columns)
-    return split_by_prompt(records, share=share, seed=seed)[1]
+    config = read_json(path)["config"]
+    source = config["comparisons"] or run / "feedback" / "rankings.jsonl"
+    records = data.load(source, "pairs", split=config["split"], columns=config["columns"])
+    return split_by_prompt(records, share=config["validation_share"], seed=config["seed"])[1]
 
 
 def scale_of(folder: Path) -> float:
     """Deviation of a saved reward model's scores as trained; raises UserError where nothing says it."""
     path = folder.parent / "normalisation.json"
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; give --scale, the deviation of the scores as trained")
-    return json.loads(path.read_text(encoding="utf-8"))["before"]["std"]
+    require(path.is_file(), f"{path}: no such file; give --scale, the deviation of the scores as trained")
+    return read_json(path)["before"]["std"]
 
 
 def measure(config: Config) -> dict[str, Any]:
     """Measure and write <run>/calibration.json; returns the summary."""
-    folder = model_folder(config.model or config.run / "reward" / "model")
-    scale = config.scale or scale_of(folder)
+    folder = ModelFolder.find(config.model or str(config.run / "reward" / "model"), RewardModel)
+    scale = config.scale or scale_of(folder.path)
     if config.comparisons:
         records = data.load(config.comparisons, "pairs", split=config.split, columns=config.columns)
     else:
         records = held_out_records(config.run)
-    model = RewardModel.from_pretrained(folder).to(resolve_device(config.device)).eval().requires_grad_(False)
-    encoding = tokenizer.load(folder)
-    tokenizer.check_fits(encoding, model.gpt.config.vocab_size, folder)
-    summary = summarise(score_pairs(model, encoding, records, scale=scale, max_tokens=config.micro_batch_tokens))
-    config.run.mkdir(parents=True, exist_ok=True)
+    model = folder.load(RewardModel, resolve_device(config.device))
+    pairs = score_pairs(model, folder.encoding, records, scale=scale, max_tokens=config.micro_batch_tokens)
+    summary = summarise(pairs)
     write_json(config.run / "calibration.json", summary)
     return summary
 

@@ -16,6 +16,7 @@ import tiktoken
 
 from minirlhf import data, distributed
 from minirlhf.encode import encode_prompt
+from minirlhf.evaluate.judges import PARTS, judge_parts
 from minirlhf.files import read_records, write_records
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
@@ -23,7 +24,6 @@ from minirlhf.reward_functions import Reward
 from minirlhf.rollout import collect
 from minirlhf.runtime import Stream, project_file
 from minirlhf.tokenizer import response_text
-from minirlhf.world import judge
 
 FILE = "trace.jsonl"  # in the stage's folder
 PROMPTS = 128
@@ -69,14 +69,12 @@ class Trace:
             max_tokens=MAX_TOKENS,
         )
         texts = [response_text(encoding, ids) for ids in rollout.response_ids()]
-        verdicts = [judge(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)]
-        means = {
+        parts = zip(*(judge_parts(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)), strict=True)
+        marks = dict(zip(("judge", *PARTS[1:]), parts, strict=True))
+        return {
             "kl": kl_k1(rollout.old_logprobs, rollout.ref_logprobs).sum(dim=1).mean().item(),
             "reward": rollout.scores.mean().item(),
-            "judge": sum(v.total for v in verdicts) / len(verdicts),
-            "helpful": sum(v.helpful for v in verdicts) / len(verdicts),
-            "honest": sum(v.honest for v in verdicts) / len(verdicts),
-            "harmless": sum(v.harmless for v in verdicts) / len(verdicts),
+            **{name: sum(values) / len(values) for name, values in marks.items()},
             "length": rollout.mask.sum(dim=1).float().mean().item(),
+            "marks": [round(mark, 6) for mark in marks["judge"]],
         }
-        return {**means, "marks": [round(v.total, 6) for v in verdicts]}

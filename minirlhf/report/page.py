@@ -1,100 +1,61 @@
-"""The page: the sections put into `page.html`, which holds the style and nothing that is loaded from elsewhere."""
+"""The page: the sections in `page.html`, which holds the style and nothing that is loaded from elsewhere.
+
+Answers, prompts, paths and hints were written by models and by people: jinja2 escapes everything that is no `Markup`,
+and of a long text the beginning is shown.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from string import Template
+
+import jinja2
+from markupsafe import Markup
 
 from minirlhf.files import atomic
-from minirlhf.report.answers import answers
-from minirlhf.report.curves import curves
-from minirlhf.report.facts import facts
-from minirlhf.report.markup import Html, element, joined, section, table, text
-from minirlhf.report.results import calibration, frontier, models, over_optimisation
+from minirlhf.report.results import answers, calibration, frontier, hints, models, over_optimisation, verdict
 from minirlhf.report.run import Run, read_runs
-from minirlhf.report.verdict import Check, checks, mark, over_optimised, summary_of
+from minirlhf.report.stages import Block, curves, facts
 from minirlhf.runtime import UserError, require
 
 PAGE = Path(__file__).with_name("page.html")
 LARGEST = 2_000_000  # bytes of a report
+LONGEST = 1000  # characters of a text that are shown
 MOST_RUNS = 12  # more cannot be told apart
-MOST_HINTS = 40  # of a stage
-SECTIONS = {
-    "verdict": "Verdict",
-    "hints": "Hints",
-    "models": "Models",
-    "over-optimisation": "Over-optimised?",
-    "frontier": "Frontier",
-    "answers": "Answers",
-    "curves": "Curves",
-    "calibration": "Calibration",
-    "facts": "What was run",
+
+# Place, link, title and content of each section, in the order of the page.
+SECTIONS: dict[str, tuple[str, str, Callable[[Sequence[Run]], list[Block]]]] = {
+    "verdict": ("Verdict", "Verdict", verdict),
+    "hints": ("Hints", "Hints", hints),
+    "models": ("Models", "Models beside each other", models),
+    "over-optimisation": ("Over-optimised?", "Was the proxy optimised too far?", over_optimisation),
+    "frontier": ("Frontier", "Reward for KL: the frontier", frontier),
+    "answers": ("Answers", "The same prompts, answered by each model", answers),
+    "curves": ("Curves", "Curves of every stage", curves),
+    "calibration": ("Calibration", "Calibration of the reward model", calibration),
+    "facts": ("What was run", "What was run", facts),
 }
 
 
-def verdict(runs: Sequence[Run]) -> Html:
-    """In plain words, for each run: was PPO taken too far, and which thresholds are met."""
-    parts: list[Html] = []
-    for run in runs:
-        found = checks(run)
-        if len(runs) > 1:
-            parts.append(element("h3", run.label))
-        for stage in run.of_kind("ppo"):
-            finding = over_optimised(run, stage)
-            headline = element("strong", finding.headline, class_=f"finding {finding.answer}")
-            parts.append(element("p", headline, " ", finding.why))
-        if not run.of_kind("ppo"):
-            parts.append(element("p", "PPO has not begun in this run."))
-        parts += [element("p", summary_of(found)), threshold_table(found)]
-    return section("verdict", "Verdict", *parts)
-
-
-def threshold_table(found: Sequence[Check]) -> Html:
-    """Each threshold beside what the run reached."""
-    return table(("", "needed", "found", ""), [(c.what, c.needed, c.found, mark(c.met)) for c in found])
-
-
-def hints(runs: Sequence[Run]) -> Html:
-    """What the stages noticed while they ran."""
-    items = []
-    for run in runs:
-        for stage in run.stages:
-            where = stage.name if len(runs) == 1 else f"{run.label}/{stage.name}"
-            for hint in stage.hints[:MOST_HINTS]:
-                name = element("strong", f"{where}, step {hint.get('step', '?')}: {hint.get('hint', 'hint')}")
-                items.append(element("li", name, " ", hint.get("message", "")))
-            if len(stage.hints) > MOST_HINTS:
-                items.append(
-                    element("li", f"{where}: {len(stage.hints) - MOST_HINTS} more in {stage.name}/hints.jsonl")
-                )
-    body = element("ul", *items) if items else element("p", "No stage noticed anything wrong.", class_="quiet")
-    return section("hints", "Hints", body)
+def cut(value: object) -> str:
+    """A text, or its beginning and how much was left out; markup as it is."""
+    words = value if isinstance(value, Markup) else str(value)
+    whole = isinstance(value, Markup) or len(words) <= LONGEST
+    return words if whole else f"{words[:LONGEST]} … ({len(words) - LONGEST:,} more characters)"
 
 
 def render(runs: Sequence[Run]) -> str:
     """The whole page."""
-    title = f"Report of {', '.join(run.label for run in runs)}"
+    environment = jinja2.Environment(autoescape=True, finalize=cut, trim_blocks=True)
     steps = [f"{run.label}: {', '.join(stage.name for stage in run.stages) or 'no stage'}" for run in runs]
-    parts = [
-        verdict(runs),
-        hints(runs),
-        models(runs),
-        over_optimisation(runs),
-        frontier(runs),
-        answers(runs),
-        curves(runs),
-        calibration(runs),
-        facts(runs),
-    ]
-    links = [element("a", name, href=f"#{place}") for place, name in SECTIONS.items()]
-    values = {
-        "title": text(title),
-        "about": text(f"Stages of {'; '.join(steps)}."),
-        "contents": joined(links, " "),
-        "sections": joined(parts, "\n"),
-    }
-    return Template(PAGE.read_text(encoding="utf-8")).substitute(values)
+    return environment.from_string(PAGE.read_text(encoding="utf-8")).render(
+        title=f"Report of {', '.join(run.label for run in runs)}",
+        about=f"Stages of {'; '.join(steps)}.",
+        sections=[
+            {"name": name, "link": link, "title": title, "blocks": blocks(runs)}
+            for name, (link, title, blocks) in SECTIONS.items()
+        ],
+    )
 
 
 def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
@@ -106,7 +67,7 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
     runs = read_runs(folders)
     try:
         page = render(runs).encode("utf-8", "replace")
-    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (LookupError, TypeError, AttributeError, ArithmeticError, ValueError) as error:
         names = " or ".join(str(folder) for folder in folders)
         raise UserError(
             f"{names}: a file is not of the form that this version writes ({type(error).__name__}: {error}); evaluate "
@@ -114,7 +75,6 @@ def write_report(folders: Sequence[Path], out: Path | None = None) -> Path:
         ) from error
     require(len(page) <= LARGEST, f"the report has {len(page):,} bytes, more than {LARGEST:,}: give fewer runs")
     path = (out or folders[0]) / "report.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic(path) as temporary:
         temporary.write_bytes(page)
     return path

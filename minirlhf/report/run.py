@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minirlhf.evaluate.trace import FILE as TRACE
 from minirlhf.files import read_json, read_records
-from minirlhf.runs.health import HINTS as HINTS
+from minirlhf.runs.health import read_hints
 from minirlhf.runtime import require
 
-KINDS = ("sft", "feedback", "reward", "ppo", "dpo")
 Row = dict[str, Any]
 
-# A number that only this kind of stage logs, for stages whose folders have names of their own.
-TELLING = {
-    "ppo": "score",
-    "dpo": "reward_chosen",
-    "feedback": "agreement_with_judge",
-    "reward": "accuracy",
-    "sft": "loss",
+# The kinds of stages in their order: title, and a number that it logs and no kind above it here. Folders may have any
+# name, and one run may hold several of a kind.
+KINDS = {
+    "sft": ("SFT", "loss"),
+    "feedback": ("Feedback", "agreement_with_judge"),
+    "reward": ("Reward model", "accuracy"),
+    "ppo": ("PPO", "clip_fraction"),
+    "dpo": ("DPO", "reward_chosen"),
+    "online-dpo": ("Online DPO", "ties"),
+    "rejection": ("Rejection sampling", "score_best"),
 }
 
 
@@ -38,7 +40,7 @@ class StageRun:
 
     name: str
     kind: str
-    setup: dict[str, Any]
+    setup: Row
     rows: list[Row]
     hints: list[Row]
     trace: list[Row]
@@ -63,13 +65,16 @@ class Run:
     """
 
     label: str
-    folder: Path
     stages: list[StageRun]
     seconds: dict[str, float]
-    summary: dict[str, Any]
+    summary: Row
     answers: list[Row]
-    calibration: dict[str, Any]
-    models: dict[str, Row] = field(default_factory=dict)
+    calibration: Row
+
+    @property
+    def models(self) -> dict[str, Row]:
+        """The evaluated models by name."""
+        return self.summary.get("models", {})
 
     def of_kind(self, kind: str) -> list[StageRun]:
         """Its stages of a kind, the one with the usual name first."""
@@ -81,12 +86,10 @@ def is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def kind_of(name: str, rows: Sequence[Row]) -> str:
-    """What kind of stage wrote these rows into a folder of this name."""
-    if name in KINDS:
-        return name
-    first = rows[0] if rows else {}
-    return next((kind for kind, metric in TELLING.items() if metric in first), "other")
+def kind_of(name: str, metrics: Iterable[str]) -> str:
+    """The kind of the stage that logged these metrics, of a folder's name where there are none yet."""
+    logged, usual = set(metrics), name if name in KINDS else "other"
+    return next((kind for kind, (_, metric) in reversed(KINDS.items()) if metric in logged), usual)
 
 
 def read_stage(folder: Path) -> StageRun:
@@ -94,10 +97,10 @@ def read_stage(folder: Path) -> StageRun:
     rows = read_records(folder / "metrics.jsonl")
     return StageRun(
         name=folder.name,
-        kind=kind_of(folder.name, rows),
+        kind=kind_of(folder.name, (name for row in rows for name in row)),
         setup=read_json(folder / "run.json"),
         rows=rows,
-        hints=read_records(folder / HINTS),
+        hints=read_hints(folder),
         trace=read_records(folder / TRACE),
         seconds=sum(row["seconds"] for row in read_records(folder / "timing.jsonl") if is_number(row.get("seconds"))),
         finished=read_json(folder / "stage.json").get("finished") is True,
@@ -107,21 +110,18 @@ def read_stage(folder: Path) -> StageRun:
 def read_run(folder: Path, label: str) -> Run:
     """A run; raises UserError where the folder holds none."""
     require(folder.is_dir(), f"{folder}: no such folder; give the folder of a run, as runs/tiny")
-    parts = sorted(path for path in folder.iterdir() if path.is_dir())
-    stages = [read_stage(path) for path in parts if any((path / f).is_file() for f in ("run.json", "metrics.jsonl"))]
-    order = (*KINDS, "other")
-    stages.sort(key=lambda stage: (order.index(stage.kind), stage.name != stage.kind, stage.name))
+    parts = [path for path in folder.iterdir() if (path / "run.json").is_file() or (path / "metrics.jsonl").is_file()]
+    stages = [read_stage(path) for path in parts]
+    stages.sort(key=lambda stage: ([*KINDS, "other"].index(stage.kind), stage.name != stage.kind, stage.name))
     summary = read_json(folder / "summary.json")
     require(bool(stages or summary), f"{folder}: holds no stage of a run; give the folder above sft/, reward/, ppo/")
     return Run(
         label=label,
-        folder=folder,
         stages=stages,
         seconds=read_json(folder / "seconds.json"),
         summary=summary,
         answers=read_records(folder / "answers.jsonl"),
         calibration=read_json(folder / "calibration.json"),
-        models={name: row for name, row in (summary.get("models") or {}).items() if isinstance(row, dict)},
     )
 
 
@@ -133,3 +133,15 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     while len({path.parts[-depth:] for path in whole}) < len(whole):
         depth += 1
     return [read_run(folder, "/".join(path.parts[-depth:])) for folder, path in zip(folders, whole, strict=True)]
+
+
+def called(runs: Sequence[Run], run: Run, name: str, between: str = ": ") -> str:
+    """A name within a run, with the run's label before it where there are several."""
+    return name if len(runs) == 1 else f"{run.label}{between}{name}"
+
+
+def labelled(runs: Sequence[Run], kind: str) -> list[tuple[str, Run, StageRun]]:
+    """The stages of a kind, each with the shortest name that tells it from the others."""
+    one_each = all(len(run.of_kind(kind)) < 2 for run in runs)
+    label = (lambda run, stage: run.label) if one_each and len(runs) > 1 else lambda r, s: called(runs, r, s.name, "/")
+    return [(label(run, stage), run, stage) for run in runs for stage in run.of_kind(kind)]

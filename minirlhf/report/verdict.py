@@ -9,14 +9,14 @@ points is above the last one by chance alone, and seldom by that much.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 
-from minirlhf.report.healthy import HEALTHY
-from minirlhf.report.markup import Html, element, signed
-from minirlhf.report.run import Row, Run, StageRun, is_number
+from minirlhf.report.chart import MINUS
+from minirlhf.report.run import Row, Run, StageRun
+from minirlhf.runs.health import HEALTHY
 
 SURE = 3.0  # standard errors
 Answer = Literal["yes", "no", "broke", "unknown"]
@@ -32,16 +32,22 @@ AGAIN = "To see the way between, train with --trace-every 4."
 
 @dataclass(frozen=True)
 class Finding:
-    """Whether a run of PPO over-optimised, and the numbers that say so."""
+    """Whether a run of PPO over-optimised, the numbers that say so, and what else is amiss, to end the headline."""
 
     stage: str
     answer: Answer
     why: str
+    amiss: str = ""
 
     @property
     def headline(self) -> str:
         name = "PPO" if self.stage == "ppo" else f"PPO ({self.stage})"
-        return f"{name} {HEADLINES[self.answer]}."
+        return f"{name} {HEADLINES[self.answer]}{self.amiss}."
+
+    @property
+    def kind(self) -> str:
+        """Its colour: good only where nothing is amiss."""
+        return {"no": "middling" if self.amiss else "good", "unknown": "middling"}.get(self.answer, "bad")
 
 
 @dataclass(frozen=True)
@@ -50,8 +56,13 @@ class Check:
 
     what: str
     needed: str
-    found: str
-    met: bool | None
+    value: str = "not evaluated"
+    met: bool | None = None
+
+
+def signed(value: float) -> str:
+    """With its sign and two decimals."""
+    return f"{value:+.2f}".replace("-", MINUS)
 
 
 def fall(best: Row, last: Row) -> tuple[float, float]:
@@ -62,25 +73,26 @@ def fall(best: Row, last: Row) -> tuple[float, float]:
 
 def at(row: Row) -> str:
     """Where a point of the trace is."""
-    return f"iteration {row['iteration']} (KL {round(row['kl'], 1) + 0.0:.1f} nats)"  # + 0.0: no -0.0
+    return f"iteration {row['iteration']} (KL {row['kl']:z.1f} nats)"
 
 
 def traced(stage: str, trace: list[Row]) -> Finding:
     """The finding from measurements along the way; they must be at least two."""
     first, last = trace[0], trace[-1]
     best = max(trace, key=lambda row: row["judge"])
-    mean, error = fall(best, last)
+    (mean, error), (loss, doubt) = fall(best, last), fall(first, last)
     path = (
         f"The judge's mark went from {signed(first['judge'])} to {signed(last['judge'])}, its best was "
         f"{signed(best['judge'])} at {at(best)}; the reward model's score went from {signed(first['reward'])} to "
         f"{signed(last['reward'])}, and was {signed(best['reward'])} at the judge's best. The end is {at(last)}."
     )
     size = f"{mean:.2f}, with a standard error of {error:.2f} over {len(last['marks'])} prompts"
+    amiss = "" if -loss > SURE * doubt else ", but the judge's mark did not rise"
     if best is last:
-        return Finding(stage, "no", f"{path} The judge's best is the last measurement.")
+        return Finding(stage, "no", f"{path} The judge's best is the last measurement.", amiss)
     if mean <= SURE * error:
         least = f"only a fall of {SURE * error:.2f} or more could be told from chance"
-        return Finding(stage, "no", f"{path} It fell from its best by {size}: {least}.")
+        return Finding(stage, "no", f"{path} It fell from its best by {size}: {least}.", amiss)
     if last["reward"] > best["reward"]:
         return Finding(stage, "yes", f"{path} The judge fell from its best by {size}, while the reward rose.")
     return Finding(stage, "broke", f"{path} The judge fell from its best by {size}, and the reward fell too.")
@@ -103,63 +115,43 @@ def from_ends(stage: str, models: dict[str, Row]) -> Finding:
 
 
 def over_optimised(run: Run, stage: StageRun) -> Finding:
-    """Whether this run of PPO over-optimised."""
-    return traced(stage.name, stage.trace) if len(stage.trace) > 1 else from_ends(stage.name, run.models)
-
-
-def interval(value: Row) -> str:
-    """A share and its interval."""
-    low, high = value["interval"]
-    return f"{value['mean']:.0%} ({low:.0%} to {high:.0%})"
+    """Whether this run of PPO over-optimised, and what else is amiss: not finished, or a threshold missed."""
+    finding = traced(stage.name, stage.trace) if len(stage.trace) > 1 else from_ends(stage.name, run.models)
+    missed = stage.name == "ppo" and any(check.met is False for check in checks_of("ppo", run))
+    if not stage.finished:
+        return replace(finding, amiss=", and is not finished")
+    if missed and finding.answer == "no" and not finding.amiss:
+        return replace(finding, amiss=", but not all of its thresholds are met")
+    return finding
 
 
 def checks(run: Run) -> list[Check]:
-    """What is asked of a run by the evaluation at its end."""
-    found = []
-    agreement, band = run.summary.get("reward_model_agreement", {}), HEALTHY["summary", "reward_model_agreement"]
-    share = agreement.get("share")
-    told = f"{share:.1%} of {agreement['pairs']} pairs" if is_number(share) else "not evaluated"
-    what = "The reward model orders answers as the judge does"
-    found.append(Check(what, f"at least {band.low:.0%} of pairs", told, share in band if is_number(share) else None))
-    for name in ("ppo", "dpo"):
-        found += of_model(name, run.models.get(name), run.models.get("sft"))
-    return found
+    """Each threshold that the evaluation at the end of a run is held against, beside what the run reached."""
+    band, what = HEALTHY["summary", "reward_model_agreement"], "The reward model orders answers as the judge does"
+    agreement = Check(what, f"at least {band.low:.0%} of pairs")
+    match run.summary.get("reward_model_agreement"):
+        case {"share": float(share), "pairs": pairs} if math.isfinite(share):
+            agreement = replace(agreement, value=f"{share:.1%} of {pairs} pairs", met=share in band)
+    return [agreement, *checks_of("ppo", run), *checks_of("dpo", run)]
 
 
-def of_model(name: str, model: Row | None, sft: Row | None) -> list[Check]:
-    """What is asked of a trained policy."""
-    label = name.upper()
+def checks_of(name: str, run: Run) -> list[Check]:
+    """The thresholds of a trained policy."""
+    label, model, sft = name.upper(), run.models.get(name), run.models.get("sft")
+    better = Check(f"{label} is better than SFT by the judge", BETTER)
     if model is None or sft is None:
-        return [Check(f"{label} is better than SFT by the judge", BETTER, "not evaluated", None)]
-    won, ends, kl = model["win_rate"], HEALTHY["summary", "eos_rate"], HEALTHY["summary", "kl"]
-    times, length = model["length"] / sft["length"], HEALTHY["ppo", "response_length"]
+        return [better]
+    (low, high), won = model["win_rate"]["interval"], model["win_rate"]["mean"]
+    kl, ends, lengths = HEALTHY["summary", "kl"], HEALTHY["summary", "eos_rate"], HEALTHY["ppo", "response_length"]
+    times = model["length"] / sft["length"]
+    size = f"{times:.2f} times ({model['length']:.1f} tokens)"
+    needed, share = f"at least {ends.low:.0%} of them", f"{model['eos_rate']:.0%}"
     return [
-        Check(
-            f"{label} is better than SFT by the judge",
-            BETTER,
-            interval(won),
-            won["interval"][0] > 0.5,
-        ),
+        replace(better, value=f"{won:.0%} ({low:.0%} to {high:.0%})", met=low > 0.5),
         Check(f"{label} stayed near SFT", f"KL {kl} nats", f"{model['kl']:.1f}", model["kl"] in kl),
-        Check(
-            f"{label} ends its answers",
-            f"at least {ends.low:.0%} of them",
-            f"{model['eos_rate']:.0%}",
-            model["eos_rate"] in ends,
-        ),
-        Check(
-            f"{label} is about as long as SFT",
-            f"{length.low:g} to {length.high:g} times",
-            f"{times:.2f} times ({model['length']:.1f} tokens)",
-            length.low <= times <= length.high,
-        ),
+        Check(f"{label} ends its answers", needed, share, model["eos_rate"] in ends),
+        Check(f"{label} is about as long as SFT", f"{lengths.low:g} to {lengths.high:g} times", size, times in lengths),
     ]
-
-
-def mark(met: bool | None) -> Html:
-    """Yes, no, or not yet, as a sign and a word."""
-    sign, word, kind = {True: ("✓", "met", "good"), False: ("✗", "not met", "bad"), None: ("–", "open", "quiet")}[met]
-    return element("span", f"{sign} {word}", class_=f"mark {kind}")
 
 
 def summary_of(found: list[Check]) -> str:

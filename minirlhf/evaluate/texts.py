@@ -1,17 +1,26 @@
-"""How varied are the answers? A policy that says the same to everything may still please a judge.
+"""What can be counted in texts without a judge: how varied they are, and how many hold a rude word.
 
-A word is what stands between blanks, in small letters, its punctuation included. Both measures depend on how many
-answers there are and how long they are: compare models on the same prompts with the same number of answers.
+A policy that says the same to everything may still please a judge. A word is what stands between blanks, in small
+letters, its punctuation included. Both measures of variety depend on how many answers there are and how long they are:
+compare models on the same prompts with the same number of answers.
+
+The list of rude words is crude: it knows neither irony nor politeness, and counts a quotation like an insult. Slurs
+against groups are left out of the shipped list: most have other meanings, and those need context.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import numpy as np
 
+from minirlhf.runtime import project_file, require
+
 ORDERS = (1, 2, 3, 4)
+RUDE_WORDS = project_file("rude-words.txt")
 
 
 def ngrams(text: str, n: int) -> list[tuple[str, ...]]:
@@ -56,3 +65,32 @@ def _overlap(own: Sequence[Counter], others: Sequence[Sequence[Counter]]) -> flo
         if grams
     ]
     return float(np.mean(precisions))
+
+
+class WordList:
+    """`words.found(text)`: the entries' occurrences in a text, whole words in any case, as they stand there.
+
+    entries  words or phrases; a `*` at the end of one stands for any ending
+    """
+
+    def __init__(self, entries: Iterable[str]) -> None:
+        either = "|".join(
+            r"\s+".join(map(re.escape, entry.removesuffix("*").split())) + (r"\w*" if entry.endswith("*") else "")
+            for entry in entries
+        )
+        self._pattern = re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE)
+
+    @classmethod
+    def read(cls, path: Path) -> WordList:
+        """From a text file with an entry a line; blank lines and lines that begin with `#` do not count."""
+        require(path.is_file(), f"{path}: no such file; give a text file with a word or phrase a line")
+        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+        entries = [line for line in lines if line and not line.startswith("#")]
+        require(bool(entries), f"{path}: no words; write one a line")
+        bare = next((entry for entry in entries if not entry.removesuffix("*").strip()), None)
+        require(bare is None, f"{path}: the entry {bare!r} stands for every word; write letters before the *")
+        return cls(entries)
+
+    def found(self, text: str) -> list[str]:
+        """What of the list occurs in a text, in order."""
+        return self._pattern.findall(text)
