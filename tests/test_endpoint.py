@@ -283,6 +283,13 @@ def test_a_server_without_log_probabilities(stub, tmp_path: Path, waits: list) -
     assert len(stub.requests) == 1
 
 
+@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\u00e9"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key: str, stub, tmp_path: Path, waits: list) -> None:
+    with pytest.raises(UserError, match="--key-variable: the key has a character") as error:
+        make(stub, tmp_path, waits, key=key)
+    assert KEY not in str(error.value)
+
+
 def test_no_other_key_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Such as one that stands for this server in ~/.netrc, where `requests` looks."""
     (tmp_path / "netrc").write_text("default login me password secret\n")
