@@ -161,19 +161,19 @@ def main(config: Config) -> Path:
     state = State(policy, adamw(policy, learning_rate=config.learning_rate))
 
     with stage.begin(state, steps=total_steps, best=("validation_loss", "min")):
-        referenced: list[list[ReferencedComparison]] = []
-        while not referenced:  # again where memory ran out
-            with autocast(device, dtype), stage.attempt() as max_tokens:
-                both = (with_reference(reference, c, device, max_tokens=max_tokens) for c in (train, validation))
-                referenced = list(both)
-        learned, measured = referenced
+        with autocast(device, dtype):
+            tokens = stage.micro_batch_tokens
+            both = (with_reference(reference, c, device, max_tokens=tokens) for c in (train, validation))
+            learned, measured = both
         while state.step < total_steps:
             step = state.step
             factor = linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
             learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             batch = [learned[i] for i in batch_indices(len(train), config.batch_size, seed=config.seed, step=step)]
-            with autocast(device, dtype), stage.attempt() as max_tokens:
-                metrics = train_step(state, batch, config, device, max_tokens=max_tokens)
+            with autocast(device, dtype):
+                for attempt in stage.attempts():
+                    with attempt as max_tokens:
+                        metrics = train_step(state, batch, config, device, max_tokens=max_tokens)
                 if state.step % config.validation_every == 0 or state.step == total_steps:
                     metrics |= held_out(policy, measured, config, device, max_tokens=max_tokens)
                 stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=token_count(batch))

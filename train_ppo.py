@@ -29,7 +29,7 @@ import tiktoken
 import torch
 from torch import Tensor, nn
 
-from minirlhf import data, distributed, grpo, ops, ppo, ptx, reward_functions
+from minirlhf import data, distributed, grpo, ops, ppo, reward_functions
 from minirlhf.batch import Example, batch_indices, own_micro_batches, require_batch, shuffled
 from minirlhf.config import (
     Count,
@@ -47,7 +47,7 @@ from minirlhf.model import GPT
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.reward import RewardModel, ValueModel
 from minirlhf.reward_functions import Environment, Reward
-from minirlhf.rollout import Experience, Rollout, collect, rollout_keys, rollout_metrics
+from minirlhf.rollout import Experience, Rollout, collect, draw_texts, ptx_gradient, rollout_keys, rollout_metrics
 from minirlhf.runs.plan import sampled_plan
 from minirlhf.runs.stage import Stage
 from minirlhf.runtime import Stream, autocast, require, require_finite, resolve_compute
@@ -208,7 +208,7 @@ def train_step(
             value_loss.backward()
         parts.append(values)
     if texts:
-        parts.append(ptx.ptx_gradient(state.policy, texts, coefficient=config.ptx_coefficient, max_tokens=max_tokens))
+        parts.append(ptx_gradient(state.policy, texts, coefficient=config.ptx_coefficient, max_tokens=max_tokens))
     sums = distributed.add_up(parts, measured(state, config, ptx=len(texts) > 0), maxima=("ratio_deviation",))
     require_finite(**{name: value for name, value in sums.items() if name.endswith("_loss")})
     for _, model, _ in state.trained:
@@ -220,7 +220,7 @@ def train_step(
 
 
 def sample_rollout(
-    state: State, reference: GPT, reward: Reward, env: Environment, config: Config, *, rescore: bool, max_tokens: int
+    state: State, reference: GPT, reward: Reward, env: Environment, config: Config, stage: Stage, *, rescore: bool
 ) -> Rollout:
     """A response, or a group of them, to each prompt of this iteration, with all that is known before the update."""
     k, size = config.group_size, config.rollout_size // config.group_size
@@ -238,7 +238,7 @@ def sample_rollout(
         temperature=config.temperature,
         missing_eos_score=config.missing_eos_score,
         rescore=rescore,
-        max_tokens=max_tokens,
+        max_tokens=stage.micro_batch_tokens,
         groups=[i for i in chosen for _ in range(k)],
     )
 
@@ -366,7 +366,7 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
     grouped = "" if k == 1 else f" in groups of {k}, prompts"
     require_batch(f"--rollout-size{grouped}", config.rollout_size // k, len(env.prompts))
     context, rescore = env.shapes[sources.policy].n_positions, dtype != torch.float32
-    texts = ptx.pretraining_texts(config.ptx_data, env.encoding, max_length=context)
+    texts = reward_functions.pretraining_texts(config.ptx_data, env.encoding, max_length=context)
     if config.dry_run:
         shapes, responses, valued = list(env.shapes.values()), config.rollout_size, config.advantages == "gae"
         plan = sampled_plan(config, shapes, env.prompts, responses=responses, group_size=k, valued=valued)
@@ -383,8 +383,8 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
         while state.iteration < config.iterations:
             iteration, beta = state.iteration, state.kl_controller.beta if state.kl_controller else config.beta
             set_learning_rates(state, config)
-            with autocast(device, dtype), stage.attempt() as max_tokens:
-                rollout = sample_rollout(state, reference, reward, env, config, rescore=rescore, max_tokens=max_tokens)
+            with autocast(device, dtype):
+                rollout = sample_rollout(state, reference, reward, env, config, stage, rescore=rescore)
                 mask = rollout.mask  # (B, T-1), true on the response, its EOS included
 
                 # Rewards: the KL penalty at each token, the score at the last. Ziegler et al. 2019, eq. 2
@@ -410,13 +410,14 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
                         if steps and config.stop_kl is not None and steps[-1]["approximate_kl"] > config.stop_kl:
                             break  # in the epochs that remain too
                         of_texts = (config.seed, Stream.PRETRAINING, iteration, epoch, number)
-                        drawn = ptx.draw(texts, len(minibatch), *of_texts)
-                        step = train_step(state, minibatch, config, beta=beta, max_tokens=max_tokens, texts=drawn)
+                        drawn = draw_texts(texts, len(minibatch), *of_texts)
+                        for attempt in stage.attempts():
+                            with attempt as tokens:
+                                step = train_step(state, minibatch, config, beta=beta, max_tokens=tokens, texts=drawn)
                         steps.append(step)
                 metrics = end_iteration(state, experience, steps, config, beta=beta)
                 stage.finish(iteration, metrics, tokens=int(rollout.lengths.sum()))
-            if state.iteration > iteration:
-                look(state, reference, reward, env.encoding)
+            look(state, reference, reward, env.encoding)
         stage.save(policy, env.encoding, objective="PPO against a reward model.")
     return stage.output
 

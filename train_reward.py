@@ -291,14 +291,15 @@ def main(config: Config) -> Path:
             factor = linear_schedule(step, total_steps, warmup_steps=config.warmup_steps)
             learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             batch = [train[i] for i in batch_indices(len(train), config.batch_size, seed=config.seed, step=step)]
-            with autocast(device, dtype), stage.attempt() as max_tokens:
-                contrast = config.contrast * (1 - step / total_steps)
-                metrics = train_step(state, batch, config, device, max_tokens=max_tokens, contrast=contrast)
+            contrast = config.contrast * (1 - step / total_steps)
+            with autocast(device, dtype):
+                for attempt in stage.attempts():
+                    with attempt as max_tokens:
+                        metrics = train_step(state, batch, config, device, max_tokens=max_tokens, contrast=contrast)
                 if state.step % (config.validation_every or total_steps) == 0 or state.step == total_steps:
                     metrics |= held_out(model, validation, device, max_tokens=max_tokens)
                     keep_best(state, metrics["validation_loss"].item())
-                tokens = comparisons.token_count(batch)
-                stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=tokens)
+                stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=comparisons.token_count(batch))
         if state.best is not None:
             model.load_state_dict(state.best.state_dict())
         normalise(model, policy, prompts, config, eos_id=encoding.eot_token, max_tokens=stage.micro_batch_tokens)

@@ -194,8 +194,10 @@ def main(config: Config) -> Path:
             learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             rows = batch_indices(len(train), config.batch_size, seed=config.seed, step=step)
             batch = pad([train[i] for i in rows]).to(device)
-            with autocast(device, dtype), stage.attempt() as max_tokens:
-                metrics = train_step(state, batch, config, max_tokens=max_tokens)
+            with autocast(device, dtype):
+                for attempt in stage.attempts():
+                    with attempt as max_tokens:
+                        metrics = train_step(state, batch, config, max_tokens=max_tokens)
                 if state.step % config.validation_every == 0 or state.step == total_steps:
                     metrics |= held_out(model, validation, device, max_tokens=max_tokens)
                 stage.finish(step, {**metrics, "learning_rate": learning_rate}, tokens=int(batch.lengths.sum()))

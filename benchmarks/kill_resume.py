@@ -1,241 +1,222 @@
-"""Exact resume: kill every stage at random moments, resume it, and compare what comes out with an unkilled run.
+"""Exact resume: stop every stage at random moments, resume it, and compare what comes out with an undisturbed run.
 
-    python benchmarks/kill_resume.py                       # 20 runs of each stage, nine minutes on two busy cores
-    python benchmarks/kill_resume.py --kills 3 --stages ppo
+    python benchmarks/kill_resume.py                                   # SIGKILL, 20 runs of each stage, a few minutes
+    python benchmarks/kill_resume.py --signal INT TERM HUP             # 20 runs of each stage and signal
+    python benchmarks/kill_resume.py --signal TERM --stages ppo --processes 2 --kills 4        # under torchrun
+    python benchmarks/kill_resume.py --tree HEAD~1                     # another commit
 
-Each stage runs once undisturbed. Then, again and again, it is begun in a process of its own, ended by SIGKILL, resumed
-with --resume and compared: the trained model, every tensor and number of the last checkpoint (weights and optimizers),
-and metrics.jsonl must be the same bits, and nothing may be left behind. Half of the kills come at a moment drawn
-uniformly from the undisturbed run's time, the other half while a checkpoint is being written. A resumed process may be
-killed too: one kill in four is followed by another.
+Each stage runs once undisturbed. Then, again and again, it is begun, stopped, resumed with --resume and compared: the
+trained model, every tensor and number of the last checkpoint (weights and optimizers), and metrics.jsonl must be the
+same bits, and nothing may be left behind.
 
-The models are small and every step is followed by a checkpoint, so that a large part of the time is spent on saving.
-Processes are forked from one that has imported everything, so that the moments fall into the work and not into imports.
+SIGKILL comes where a checkpoint follows every step. Half of the kills come at a moment drawn uniformly from the
+undisturbed run's time, the other half while a checkpoint is being written. A resumed process may be killed too: one
+kill in four is followed by another.
+
+The other signals come where checkpoints are rare, so that what counts is what the process saves on its way out. It must
+end by itself with 128 + the signal's number, leave no temporary file, and its checkpoint must be of as many steps as
+metrics.jsonl has rows. Two signals in three come just after an optimizer step: for PPO and online DPO one that another
+of the same training step follows, where the state is no state to go on from. The others come at a moment drawn
+uniformly. One signal in five comes twice, up to 20 ms apart: the process may then leave without saving. Under torchrun
+the signal goes to torchrun, which passes it on to all processes, and to the main process alone, in turn.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import hashlib
-import json
 import os
-import platform
 import random
-import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from datetime import date
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
+import children
+from children import STAGES, Order, Undisturbed, Workshop, hashes, left_behind, rows, saved_step
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-import train_dpo  # noqa: E402
-import train_ppo  # noqa: E402
-import train_reward  # noqa: E402
-import train_sft  # noqa: E402
-from minirlhf.feedback import __main__ as feedback  # noqa: E402
-from minirlhf.files import file_hash  # noqa: E402
-from minirlhf.runs import checkpoint  # noqa: E402
-from minirlhf.runs.log import versions  # noqa: E402
-
-STAGES = {"sft": train_sft, "feedback": feedback, "reward": train_reward, "ppo": train_ppo, "dpo": train_dpo}
-NEEDS = {"sft": (), "feedback": ("sft",), "reward": ("sft", "feedback"), "ppo": ("sft", "reward")}
-NEEDS["dpo"] = ("sft", "feedback")
-SETTINGS: dict[str, dict[str, Any]] = {
-    "sft": {"epochs": 2.0, "n_layer": 2, "n_head": 2, "n_embd": 32, "validation_every": 5, "checkpoint_every": 1},
-    "feedback": {"max_prompts": 96, "candidates": 3, "max_new_tokens": 12, "length_bias": 0.1},
-    "reward": {"epochs": 3.0, "reference_samples": 32, "max_new_tokens": 12, "checkpoint_every": 1},
-    "ppo": {"iterations": 6, "rollout_size": 32, "max_new_tokens": 12, "kl_target": 1.0, "kl_horizon": 400.0},
-    "dpo": {"epochs": 4.0, "validation_every": 5, "checkpoint_every": 1},
-}
-SETTINGS["ppo"]["checkpoint_every"] = 1
-RECORDS = 256  # of the embedded world's files
-LIMIT = 120  # seconds after which a process counts as hanging
+RARELY = 1000  # steps between two checkpoints where a signal comes
+AGAIN = 0.02  # seconds within which a signal comes a second time
 
 
-def prepare(run: Path) -> None:
-    """The inputs of every stage: the first records of the world's files."""
-    run.mkdir(parents=True)
-    for name in ("demonstrations.train", "demonstrations.validation", "prompts.train"):
-        lines = (ROOT / "data" / "world" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
-        (run / f"{name}.jsonl").write_text("".join(lines[:RECORDS]), encoding="utf-8")
+def trial(order: Order, stop: dict[str, Any], undisturbed: Undisturbed) -> dict[str, Any]:
+    """Resume what was stopped, and say how it ended."""
+    order = replace(order, resume=True, at=0)
+    code = children.run(order)
+    same = code == 0 and hashes(order.folder) == undisturbed.hashes
+    left = left_behind(order.folder) if code == 0 else []
+    words = {} if same and not left else {"resumed": code, "left_behind": left, "words": children.last_words(order)}
+    return {**stop, "equal": same, "left": bool(left), **words}
 
 
-def start(stage: str, run: Path, *, resume: bool) -> int:
-    """Begin a stage in a forked process; returns its id."""
-    files = {"sft": {"train": "demonstrations.train", "validation": "demonstrations.validation"}}
-    files |= {"feedback": {"prompts": "prompts.train"}, "ppo": {"prompts": "prompts.train"}}
-    files["reward"] = {"reference_prompts": "prompts.train"}
-    inputs = {field: run / f"{name}.jsonl" for field, name in files.get(stage, {}).items()}
-    module = STAGES[stage]
-    config = dataclasses.replace(module.Config(), run=run, device="cpu", resume=resume, **inputs, **SETTINGS[stage])
-    process = os.fork()
-    if process:
-        return process
-    code = 1
-    try:
-        output = (run / f"{stage}.output").open("a", buffering=1)
-        sys.stdout = sys.stderr = output
-        module.main(config)
-        code = 0
-    except BaseException as error:
-        print(f"{type(error).__name__}: {error}")
-    finally:
-        os._exit(code)
-
-
-def wait(process: int, until: Callable[[], bool] = lambda: False) -> int | None:
-    """The exit code of a process; None once `until` holds, or after LIMIT seconds, while it still runs."""
-    end = time.monotonic() + LIMIT
-    while time.monotonic() < end:
-        found, status = os.waitpid(process, os.WNOHANG)
-        if found:
-            return os.waitstatus_to_exitcode(status)
-        if until():
-            return None
-        time.sleep(0.0005)
-    return None
-
-
-def kill(process: int) -> None:
-    os.kill(process, signal.SIGKILL)
-    os.waitpid(process, 0)
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    """Of all that must be equal."""
-    newest = checkpoint.latest(folder / "checkpoints")
-    paths = {f"model/{name}": folder / "model" / name for name in ("model.safetensors", "config.json")}
-    paths |= {f"checkpoint/{name}": newest / name for name in ("state.safetensors", "state.json")}
-    return {name: file_hash(path) for name, path in paths.items()} | {"metrics": file_hash(folder / "metrics.jsonl")}
-
-
-def left_behind(folder: Path) -> list[str]:
-    """Temporary files, more checkpoints than are kept, and folders moved aside."""
-    found = [path.name for path in folder.rglob(".*")]
-    kept = [path.name for path in (folder / "checkpoints").iterdir() if path.name != "latest"]
-    return found + (kept if len(kept) > 3 else []) + [p.name for p in folder.parent.glob(f"{folder.name}.[0-9]*")]
-
-
-def run_whole(stage: str, run: Path) -> float:
-    """Run a stage undisturbed; returns its seconds."""
-    started = time.monotonic()
-    code = wait(start(stage, run, resume=False))
-    if code != 0:
-        raise RuntimeError(f"{stage} ended with {code}: {(run / f'{stage}.output').read_text()}")
-    return time.monotonic() - started
-
-
-def kill_once(stage: str, run: Path, *, resume: bool, seconds: float, saving: bool, draw: random.Random) -> dict:
+# -------------------------------------------------------------------------------------------------------------- SIGKILL
+def kill_once(order: Order, undisturbed: Undisturbed, draw: random.Random, *, saving: bool) -> dict[str, Any]:
     """Begin or resume a stage and kill it; says when, and what was being written at that moment."""
-    root = run / stage / "checkpoints"
-    begun = time.monotonic()
-    moment = draw.uniform(0, seconds)
-    process = start(stage, run, resume=resume)
+    begun, moment = time.monotonic(), draw.uniform(0, undisturbed.seconds)
+    process = children.start(order)
 
     def now() -> bool:
         late = time.monotonic() - begun >= moment
-        return late and (not saving or any(root.glob(".saving-0*")))
+        return late and (not saving or any(order.folder.glob("checkpoints/.saving-0*")))
 
-    code = wait(process, now)
+    code = children.wait(process, now)
     if code is None:
         time.sleep(draw.uniform(0, 0.004) if saving else 0.0)
-        kill(process)
-    writing = sorted(path.name for path in (run / stage).rglob(".*")) if (run / stage).exists() else []
-    newest = checkpoint.latest(root) if root.exists() else None
-    return {"moment": round(moment, 3), "killed": code is None, "writing": writing, "newest": newest and newest.name}
+        children.kill(process)
+    writing = any(order.folder.rglob(".*"))
+    return {"moment": round(moment, 3), "stopped": code is None, "writing": writing, "kills": 1}
 
 
-def trial(stage: str, base: Path, run: Path, *, seconds: float, saving: bool, draw: random.Random) -> dict:
-    """Kill, resume, compare; the run's folder stands where the base stood, so that even paths are equal."""
-    shutil.copytree(base, run)
-    kills = [kill_once(stage, run, resume=False, seconds=seconds, saving=saving, draw=draw)]
-    if draw.random() < 0.25 and kills[0]["killed"]:
-        kills.append(kill_once(stage, run, resume=True, seconds=seconds, saving=False, draw=draw))
-    code = wait(start(stage, run, resume=True))
-    output = (run / f"{stage}.output").read_text()
+def kill(order: Order, undisturbed: Undisturbed, draw: random.Random, number: int) -> dict[str, Any]:
+    """Trial `number` with SIGKILL."""
+    stop = kill_once(order, undisturbed, draw, saving=number % 2 == 1)
+    if draw.random() < 0.25 and stop["stopped"]:
+        again = kill_once(replace(order, resume=True), undisturbed, draw, saving=False)
+        stop["kills"] += again["stopped"]
+        stop["writing"] |= again["writing"]
+    return trial(order, stop, undisturbed)
+
+
+# -------------------------------------------------------------------------------------------------------- other signals
+def interrupt(order: Order, undisturbed: Undisturbed, draw: random.Random, number: int) -> dict[str, Any]:
+    """Trial `number` with the signal of the order."""
+    at = draw.choice(undisturbed.within_steps) if number % 3 < 2 else 0
+    moment = draw.uniform(0, undisturbed.seconds)
+    twice = number % 5 == 4
+    order = replace(order, at=at, to_parent=order.processes > 1 and number % 2 == 0)
+    for kind in ("sent", "steps"):
+        order.file(kind).unlink(missing_ok=True)
+    process = children.start(order)
+    code = children.wait(process, order.file("sent").exists) if at else wait_for(process, moment)
+    done = at or len(read(order.file("steps")).split())
+    before = undisturbed.steps[done - 1] if done else 0  # rows before the training step of the last optimizer step
+    inside = at > 0 or (done > 0 and rows(order.folder) == before)
+    if code is None and not at:
+        order.file("sent").write_text(repr(time.monotonic()))
+        os.kill(process, order.number)
+    if code is None and twice:
+        time.sleep(draw.uniform(0, AGAIN))
+        os.kill(process, order.number)  # not waited for, so that its id is still its own
+    code = children.wait(process) if code is None else code
+    ended = time.monotonic()
+    if code is None:
+        children.kill(process)
+    stop = {"after_step": at} if at else {"moment": round(moment, 3), "optimizer_steps": done}
+    stop |= {"code": "hangs" if code is None else code, "twice": twice, "inside": inside}
+    stop |= {"seconds": round(ended - float(read(order.file("sent")) or ended), 3)}
+    return trial(order, stop | left_by(order, code, before, twice=twice), undisturbed)
+
+
+def wait_for(process: int, moment: float) -> int | None:
+    """Wait so many seconds from where the process takes signals; its exit code if it ends before."""
+    children.wait(process, lambda: children.catches_signals(process))
+    ready = time.monotonic()
+    return children.wait(process, lambda: time.monotonic() - ready >= moment)
+
+
+def left_by(order: Order, code: int | None, before: int, *, twice: bool) -> dict[str, Any]:
+    """What a stopped process left, and whether that is well.
+
+    before  rows that there were when the training step of the last optimizer step began
+    """
+    step, count = saved_step(order.folder), rows(order.folder)
+    hidden = [path.name for path in Path(order.run).rglob(".*")]
+    right = code == 128 + order.number or (twice and code == -order.number)  # a shell says the same of both
+    if order.processes > 1:
+        right = code not in (None, 0)  # torchrun's own
+    saved = count == step and before <= step and not hidden
+    silent = order.processes > 1 or "Traceback" not in read(order.file("err"))
+    finished = '"finished": true' in read(order.folder / "stage.json")
+    well = right and silent and (twice or saved)
     return {
-        "kills": kills,
-        "code": code,
-        "hashes": hashes(run / stage) if code == 0 else output[-500:],
-        "left_behind": left_behind(run / stage) if code == 0 else None,
+        "rows": count,
+        "checkpoint": step,
+        "went_on": count - before,
+        "hidden": hidden,
+        "well": well,
+        "stopped": not finished,
     }
 
 
-def measure(stage: str, work: Path, kills: int, seed: int) -> dict:
-    """All trials of a stage."""
-    draw = random.Random(f"{seed} {stage}")
-    base, run = work / f"{stage}-base", work / "run"
-    shutil.copytree(work / "inputs", run)
-    for need in NEEDS[stage]:
-        shutil.copytree(work / "finished" / need, run / need)
-    shutil.copytree(run, base)
-    seconds = run_whole(stage, run)
-    expected = hashes(run / stage)
-    shutil.rmtree(run)
-    trials = []
-    while sum(t["kills"][0]["killed"] for t in trials) < kills:
-        saving = len(trials) % 2 == 1
-        trials.append(trial(stage, base, run, seconds=seconds, saving=saving, draw=draw))
-        shutil.rmtree(run)
-    hit = [t for t in trials if t["kills"][0]["killed"]]
-    return {
-        "seconds_undisturbed": round(seconds, 2),
-        "runs_killed": len(hit),
-        "kills": sum(k["killed"] for t in hit for k in t["kills"]),
-        "while_writing": sum(bool(k["writing"]) for t in hit for k in t["kills"]),
-        "equal": sum(t["hashes"] == expected for t in hit),
-        "left_behind": sum(bool(t["left_behind"]) for t in hit),
-        "different": [t for t in trials if t["hashes"] != expected or t["left_behind"]],
-        "kills_at": [[k["moment"] for k in t["kills"]] for t in hit],
-        "expected": hashlib.sha256(json.dumps(expected, sort_keys=True).encode()).hexdigest(),
-    }
+def read(path: Path) -> str:
+    """The text of a file; empty where there is none."""
+    return path.read_text() if path.exists() else ""
+
+
+# --------------------------------------------------------------------------------------------------------------- counts
+def measure(workshop: Workshop, stage: str, number: int, given: argparse.Namespace) -> dict[str, Any]:
+    """All trials of a stage with one signal."""
+    killed = number == signal.SIGKILL
+    name = signal.Signals(number).name
+    draw = random.Random(f"{given.seed} {stage}" if killed else f"{given.seed} {stage} {name}")
+    every = given.checkpoint_every or (1 if killed else RARELY)
+    order = workshop.order(stage, every=every, processes=given.processes, number=number)
+    with workshop.trial(stage):
+        undisturbed = workshop.finish(replace(order, every=1))  # so that rows are on the disk at every step
+    trials: list[dict[str, Any]] = []
+    while len(trials) < given.kills:
+        with workshop.trial(stage):
+            one = (kill if killed else interrupt)(order, undisturbed, draw, len(trials))
+        if one["stopped"] or "after_step" in one or not one["equal"]:  # else it had finished before
+            trials.append(one)
+    result: dict[str, Any] = {"seconds_undisturbed": round(undisturbed.seconds, 2), "stopped": len(trials)}
+    result |= {"equal": sum(t["equal"] for t in trials), "left_behind": sum(t["left"] for t in trials)}
+    if killed:
+        result |= {"kills": sum(t["kills"] for t in trials), "while_writing": sum(t["writing"] for t in trials)}
+    else:
+        once = [t for t in trials if not t["twice"]]
+        inside = [t for t in once if t["inside"]]
+        result |= {
+            "after_an_optimizer_step": sum("after_step" in t for t in trials),
+            "ended_well": sum(t["well"] for t in trials),
+            "codes": Counter(str(t["code"]) for t in trials),
+            "rows_are_the_checkpoint": f"{sum(t['rows'] == t['checkpoint'] for t in once)} of {len(once)}",
+            "ended_the_training_step": f"{sum(t['went_on'] for t in inside)} of {len(inside)}",
+            "seconds_to_exit": {
+                "after an optimizer step": longest(t for t in once if "after_step" in t),
+                "at a drawn moment": longest(t for t in once if "after_step" not in t),
+                "outside an update": longest(t for t in once if not t["inside"]),
+                "second signal": longest(t for t in trials if t["twice"]),
+            },
+        }
+    result["wrong"] = [t for t in trials if not t["equal"] or t["left"] or not t.get("well", True)]
+    result["moments"] = [t["after_step"] if "after_step" in t else f"{t['moment']} s" for t in trials]
+    counts = ", ".join(f"{key} {value}" for key, value in result.items() if key not in ("wrong", "moments", "codes"))
+    print(f"{stage} {name}: {counts}", flush=True)
+    return result
+
+
+def longest(trials: Iterable[dict[str, Any]]) -> float | None:
+    """Seconds from the signal to the end, of the slowest."""
+    return max((trial["seconds"] for trial in trials), default=None)
+
+
+def signal_number(name: str) -> int:
+    """The number of TERM or SIGTERM."""
+    return signal.Signals[f"SIG{name.upper().removeprefix('SIG')}"]
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--kills", type=int, default=20, help="runs to kill of each stage")
-    parser.add_argument("--stages", nargs="+", default=["sft", "reward", "ppo", "dpo"])
-    parser.add_argument("--seed", type=int, default=0, help="of the moments")
-    parser.add_argument("--output", type=Path, help="JSON file for the result")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
-    began = time.monotonic()
-    result: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/kill_resume.py", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "seed": options.seed,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread",
-        "versions": versions(),
-        "stages": {},
-    }
-    with tempfile.TemporaryDirectory(prefix="kill-resume-") as folder:
-        work = Path(folder)
-        prepare(work / "inputs")
-        shutil.copytree(work / "inputs", work / "run")
-        for stage in ("sft", "feedback", "reward"):
-            run_whole(stage, work / "run")
-        (work / "run").rename(work / "finished")
-        for stage in options.stages:
-            found = result["stages"][stage] = measure(stage, work, options.kills, options.seed)
-            print(
-                f"{stage}: {found['runs_killed']} runs killed ({found['kills']} kills, {found['while_writing']} while "
-                f"writing), {found['equal']} equal, {found['left_behind']} left something behind",
-                flush=True,
-            )
-    result["seconds"] = round(time.monotonic() - began, 1)
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return 0 if all(s["equal"] == s["runs_killed"] and not s["left_behind"] for s in result["stages"].values()) else 1
+    parser = children.parser(__doc__)
+    parser.add_argument("--kills", type=int, default=20, help="runs to stop of each stage and signal")
+    parser.add_argument("--signal", nargs="+", type=signal_number, default=[signal.SIGKILL], metavar="NAME")
+    parser.add_argument("--checkpoint-every", type=int, help=f"by default 1, for signals {RARELY}")
+    parser.add_argument("--processes", type=int, default=1, help="above 1 under torchrun, for signals")
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    given = parser.parse_args()
+
+    def all_stages(workshop: Workshop) -> tuple[dict[str, Any], bool]:
+        stages = {
+            f"{stage} {signal.Signals(number).name}": measure(workshop, stage, number, given)
+            for stage in given.stages
+            for number in given.signal
+        }
+        return {"stages": stages}, not any(stage["wrong"] for stage in stages.values())
+
+    return children.benchmark(given, all_stages)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from children import checked_out
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -249,11 +250,8 @@ def judge(case: str, commit: Side, here: Side) -> tuple[list[float], list[str]]:
 
 def compare(commit: str, names: list[str], folder: Path) -> int:
     """Run the cases on both sides and say what differs; returns the number of cases that differ."""
-    tree = folder / "tree"
-    git = ["git", "-C", str(ROOT), "worktree"]
     differing = 0
-    try:
-        subprocess.run([*git, "add", "--quiet", "--detach", str(tree), commit], check=True)
+    with checked_out(commit) as tree:
         sides = Side(tree, folder / "commit"), Side(ROOT, folder / "here")
         for case in names:
             seconds, found = judge(case, *sides)
@@ -264,8 +262,6 @@ def compare(commit: str, names: list[str], folder: Path) -> int:
             more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
             times = "".join(f"{x:7.1f} s" for x in seconds)
             print(f"{case:<18}{times}   {f'DIFFERS: {found[0]}{more}' if found else 'same'}", flush=True)
-    finally:
-        subprocess.run([*git, "remove", "--force", str(tree)], check=False)
     return differing
 
 
@@ -287,7 +283,6 @@ def main() -> int:
     )
     if found.returncode:
         parser.error(f"{options.commit}: no such commit")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the worktree is removed then, too
     began = time.monotonic()
     names = [case for case in CASES if case == "smoke" or case in (options.only or CASES)]
     folder = Path(tempfile.mkdtemp(prefix="same-bits-"))

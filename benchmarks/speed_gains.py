@@ -171,8 +171,9 @@ def slots_ways(size: workloads.Size) -> tuple[Way, Way]:
 
     @torch.no_grad()
     def decode(rows: range) -> None:
-        own = uniforms[rows.start : rows.stop]
-        Decoder(gpt, [prompts[i] for i in rows], own, slots=size.rows, eos_id=0, temperature=1.0).run()
+        decoder = Decoder(gpt, [prompts[i] for i in rows], [(i,) for i in rows], limit, 0, 1.0, 0, size.rows)
+        decoder.uniforms = F.pad(uniforms[rows.start : rows.stop], (0, 1))
+        decoder.run()
 
     blocks = [range(start, start + size.rows) for start in range(0, len(prompts), size.rows)]
     return lambda: decode(range(len(prompts))), lambda: [decode(rows) for rows in blocks]

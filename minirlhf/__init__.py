@@ -4,8 +4,6 @@ The files here are the algorithm, the folders what surrounds it: a stage's run (
 Face (hf/), the embedded world (world/), labels (feedback/), judging (evaluate/) and the page about a run (report/).
 """
 
-import importlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import sys
@@ -21,33 +19,27 @@ OLD_NAMES = {
     "metrics": "runs.log",
     "calibration": "evaluate.calibration",
     "data.fields": "data.formats",
+    "dialogue": "chat",
+    "ptx": "rollout",
 }
 
 
-class _OldNames(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module by its old name: it is the module of the new name, not a copy."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.removeprefix(f"{__name__}.") not in OLD_NAMES:
-            return None
-        found = importlib.machinery.ModuleSpec(name, self, origin=importlib.util.find_spec(self.new_name(name)).origin)
-        found.has_location = True  # for `python -m`, which then knows the file
-        return found
-
-    def new_name(self, name):
-        return f"{__name__}.{OLD_NAMES[name.removeprefix(f'{__name__}.')]}"
-
-    def create_module(self, spec):
-        module = importlib.import_module(self.new_name(spec.name))
-        spec.loader_state = module.__spec__
-        return module
+class _Renamed(importlib.machinery.SourceFileLoader):
+    """Loads a module by its old name: it is the module of the new name, not a copy."""
 
     def exec_module(self, module):
-        module.__spec__ = module.__spec__.loader_state  # the import has put the old name's there
+        sys.modules[module.__name__] = importlib.import_module(_new_name(module.__name__))
 
-    def get_code(self, name):  # for `python -m`
-        new = importlib.util.find_spec(self.new_name(name))
-        return new.loader.get_code(new.name)
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        if name.removeprefix(f"{__name__}.") not in OLD_NAMES:
+            return None
+        file = importlib.util.find_spec(_new_name(name)).origin
+        return importlib.util.spec_from_file_location(name, file, loader=cls(name, file))
 
 
-sys.meta_path.append(_OldNames())
+def _new_name(name):
+    return f"{__name__}.{OLD_NAMES[name.removeprefix(f'{__name__}.')]}"
+
+
+sys.meta_path.append(_Renamed)

@@ -9,9 +9,7 @@ An earlier run in the same place is moved aside and named, never overwritten.
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +21,7 @@ import train_sft
 from minirlhf.config import Seed, Settings, run_script
 from minirlhf.evaluate import calibration, evaluation
 from minirlhf.feedback import __main__ as feedback
-from minirlhf.files import fresh_folder, read_records, write_json
+from minirlhf.files import fresh_folder, read_json, read_records, write_json
 from minirlhf.report import write_report
 from minirlhf.runs import checkpoint
 
@@ -57,14 +55,9 @@ SMOKE: dict[str, dict[str, Any]] = {
     "evaluate": {"max_prompts": 64},
 }
 
-STAGES: dict[str, tuple[Callable[[Any], object], type]] = {
-    "sft": (train_sft.main, train_sft.Config),
-    "feedback": (feedback.main, feedback.Config),
-    "reward": (train_reward.main, train_reward.Config),
-    "ppo": (train_ppo.main, train_ppo.Config),
-    "dpo": (train_dpo.main, train_dpo.Config),
-    "evaluate": (evaluation.main, evaluation.Config),
-}
+# Every stage, in turn.
+MODULES = (train_sft, feedback, train_reward, train_ppo, train_dpo, evaluation)
+STAGES = {name: (module.main, module.Config) for name, module in zip(SMOKE, MODULES, strict=True)}
 
 
 def main(config: Config) -> dict[str, float]:
@@ -79,7 +72,7 @@ def run_stages(config: Config) -> dict[str, float]:
     times = config.run / "seconds.json"
     if not config.resume:
         fresh_folder(config.run)
-    seconds = json.loads(times.read_text(encoding="utf-8")) if times.exists() else {}
+    seconds = read_json(times)
     for name, (stage, stage_config) in STAGES.items():
         print(f"--- {name}", flush=True)
         started = time.perf_counter()
@@ -91,11 +84,8 @@ def run_stages(config: Config) -> dict[str, float]:
         seconds[name] = round(seconds.get(name, 0.0) + time.perf_counter() - started, 1)
         write_json(times, seconds)
     print_examples(config.run / "answers.jsonl")
-    print(
-        "seconds:",
-        ", ".join(f"{name} {value}" for name, value in seconds.items()),
-        f"total {sum(seconds.values()):.0f}",
-    )
+    each = ", ".join(f"{name} {value}" for name, value in seconds.items())
+    print(f"seconds: {each} total {sum(seconds.values()):.0f}")
     print(f"report: {report_on(config)}   models: {config.run}/*/model")
     return seconds
 

@@ -8,7 +8,7 @@ Comparisons, whose responses share a prompt, have a batch of their own (comparis
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import distributed
-from minirlhf.runtime import Stream, require
+from minirlhf.runtime import Stream, is_out_of_memory, require
 
 PASS_COST = 48  # what one more pass through a model costs, in positions; measured on a CPU, see docs/speed.md
 
@@ -82,6 +82,7 @@ class Batch:
 
 
 B = TypeVar("B", bound=Batch)
+T = TypeVar("T")
 
 
 def pad(sequences: Sequence[Example]) -> Batch:
@@ -130,6 +131,16 @@ def own_micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
     sizes = lengths.cpu()
     own = distributed.share(sizes)
     return [own[part].to(lengths.device) for part in micro_batches(sizes[own], max_tokens)]
+
+
+def fitting(function: Callable[[int], T], max_tokens: int) -> T:
+    """`function(max_tokens)`, a pass without gradient; where memory is refused, with half as many tokens, and so on."""
+    try:
+        return function(max_tokens)
+    except (RuntimeError, MemoryError) as error:
+        if max_tokens == 1 or not is_out_of_memory(error):
+            raise
+    return fitting(function, max_tokens // 2)  # out here the error no longer holds the tensors of the pass
 
 
 def permutation(count: int, *key: int) -> list[int]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import distributed
-from minirlhf.batch import Example, own_micro_batches
+from minirlhf.batch import Example, fitting, own_micro_batches
 from minirlhf.model import GPT
 
 C = TypeVar("C", bound="Comparison")
@@ -38,8 +38,9 @@ class Comparison:
     weights: list[float] = field(default_factory=list, kw_only=True)
 
     def __post_init__(self) -> None:
-        if any(e.prompt_ids != self.examples[0].prompt_ids for e in self.examples):
-            raise ValueError("Comparison: the examples have different prompts; answers to one prompt can be compared")
+        same = all(e.prompt_ids == self.examples[0].prompt_ids for e in self.examples)
+        if not (same and all(e.response_ids for e in self.examples)):
+            raise ValueError("Comparison: an empty answer, or different prompts; answers to one prompt can be compared")
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -68,7 +69,7 @@ class PairBatch:
     sources    (M,) places of the token before each, from whose hidden state it is predicted
     owners     (M,) number of the response each belongs to
     ends       (R,) place of each response's last token
-    pairs      (N, 2) numbers of the better and of the worse response
+    chosen, rejected   (N,) numbers of the better and of the worse responses
     """
 
     tokens: Tensor
@@ -78,7 +79,8 @@ class PairBatch:
     sources: Tensor
     owners: Tensor
     ends: Tensor
-    pairs: Tensor
+    chosen: Tensor
+    rejected: Tensor
 
     @property
     def visible(self) -> Tensor:
@@ -91,16 +93,6 @@ class PairBatch:
         causal = torch.ones(width, width, dtype=torch.bool, device=self.tokens.device).tril()
         return causal & ((keys == 0) | (keys == queries))
 
-    @property
-    def chosen(self) -> Tensor:
-        """(N,) numbers of the better responses."""
-        return self.pairs[:, 0]
-
-    @property
-    def rejected(self) -> Tensor:
-        """(N,) numbers of the worse responses."""
-        return self.pairs[:, 1]
-
     def to(self, device: torch.device) -> PairBatch:
         """The same comparisons on another device."""
         return PairBatch(**{name: value.to(device) for name, value in vars(self).items()})
@@ -108,33 +100,29 @@ class PairBatch:
 
 def pad_comparisons(comparisons: Sequence[Comparison]) -> PairBatch:
     """One PairBatch of all the comparisons, in order."""
-    width = max(c.length for c in comparisons)
-    tokens, positions = np.zeros((2, len(comparisons), width), dtype=np.int64)
-    segments = np.full_like(tokens, -1)
-    targets: list[np.ndarray] = []
-    sources: list[np.ndarray] = []
-    owners: list[np.ndarray] = []
-    ends: list[int] = []
+    shape = (len(comparisons), max(c.length for c in comparisons))
+    tokens, positions = np.zeros((2, *shape), dtype=np.int64)
+    segments = np.full(shape, -1)
     for row, comparison in enumerate(comparisons):
-        prompt = len(comparison.prompt_ids)
-        tokens[row, :prompt], positions[row, :prompt], segments[row, :prompt] = comparison.prompt_ids, range(prompt), 0
-        start = prompt
-        for k, example in enumerate(comparison.examples, start=1):
-            count = len(example.response_ids)
-            place = slice(start, start + count)
-            tokens[row, place], segments[row, place] = example.response_ids, k
-            positions[row, place] = range(prompt, prompt + count)
-            at = row * width + np.arange(start, start + count)
-            targets.append(at)
-            sources.append(np.concatenate([[row * width + prompt - 1], at[:-1]]))  # the first follows the prompt
-            owners.append(np.full(count, len(ends)))
-            ends.append(at[-1])
-            start += count
-    grid = {"tokens": tokens, "positions": positions, "segments": segments}
-    flat = {"targets": targets, "sources": sources, "owners": owners}
-    arrays = grid | {name: np.concatenate(parts) for name, parts in flat.items()} | {"ends": np.array(ends)}
+        parts = [comparison.prompt_ids, *(example.response_ids for example in comparison.examples)]
+        sizes, prompt = [len(part) for part in parts], len(comparison.prompt_ids)
+        place = (row, slice(comparison.length))
+        tokens[place] = np.concatenate(parts)
+        positions[place] = np.concatenate([np.arange(prompt), *(np.arange(prompt, prompt + n) for n in sizes[1:])])
+        segments[place] = np.repeat(np.arange(len(parts)), sizes)
+    targets = np.flatnonzero(segments > 0)
+    first = segments.flat[targets] != segments.flat[targets - 1]  # of a response: it follows the prompt
+    ends_of_prompts = (segments == 0).sum(axis=1) - 1 + shape[1] * np.arange(shape[0])
+    flat = {
+        "targets": targets,
+        "sources": np.where(first, ends_of_prompts[targets // shape[1]], targets - 1),
+        "owners": first.cumsum() - 1,
+        "ends": targets[np.append(first[1:], True)],
+    }
+    arrays = {"tokens": tokens, "positions": positions, "segments": segments, **flat}
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    return PairBatch(**tensors, pairs=pair_numbers(comparisons))
+    chosen, rejected = pair_numbers(comparisons).unbind(dim=1)
+    return PairBatch(**tensors, chosen=chosen, rejected=rejected)
 
 
 def best_against_rest(comparison: C) -> C:
@@ -203,15 +191,20 @@ def over_comparisons(
 ) -> list[Tensor]:
     """`function(PairBatch) -> (R,)` in micro-batches, without gradient: the K numbers of each comparison, in order.
 
-    Of several processes each computes its share, and all get everything.
+    Of several processes each computes its share, and all get everything. Where memory is refused the micro-batches
+    become smaller.
     """
     counts = [len(c.examples) for c in comparisons]
     numbers = torch.arange(sum(counts)).split(counts)
-    result = torch.zeros(sum(counts), dtype=torch.float64)  # on the host, where every device has float64
-    for index in _micro_batches(comparisons, max_tokens):
-        values = function(pad_comparisons([comparisons[i] for i in index]).to(device))
-        result[torch.cat([numbers[i] for i in index])] = values.cpu().double()
-    return list(distributed.all_sum(result).split(counts))
+
+    def own_rows(max_tokens: int) -> Tensor:
+        result = torch.zeros(sum(counts), dtype=torch.float64)  # on the host, where every device has float64
+        for index in _micro_batches(comparisons, max_tokens):
+            values = function(pad_comparisons([comparisons[i] for i in index]).to(device))
+            result[torch.cat([numbers[i] for i in index])] = values.cpu().double()
+        return result
+
+    return list(distributed.all_sum(fitting(own_rows, max_tokens)).split(counts))
 
 
 def _micro_batches(comparisons: Sequence[Comparison], max_tokens: int) -> list[list[int]]:

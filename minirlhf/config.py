@@ -13,9 +13,11 @@ outside its range gets as far as a script's `main`. Where two settings must fit 
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import math
+import os
 import re
 import sys
 import typing
@@ -52,17 +54,16 @@ class Range:
         return " and ".join(words) or "finite"
 
 
-@dataclass(frozen=True)
 class Name:
     """Names of a folder within the run that are not those of a stage which others read."""
 
-    taken: tuple[str, ...] = ("sft", "feedback", "labels", "reward")
+    TAKEN = ("sft", "feedback", "labels", "reward")
 
     def __contains__(self, value: str) -> bool:
-        return re.fullmatch(r"\w[\w.-]*", value) is not None and value not in self.taken
+        return re.fullmatch(r"\w[\w.-]*", value) is not None and value not in self.TAKEN
 
     def __str__(self) -> str:
-        return f"a name of letters, digits, '.', '-' and '_', and none of {', '.join(self.taken)}"
+        return f"a name of letters, digits, '.', '-' and '_', and none of {', '.join(self.TAKEN)}"
 
 
 Count = Annotated[int, Range(low=1)]
@@ -91,11 +92,14 @@ class Settings:
         for name, allowed in field_ranges(kind).items():
             value = getattr(self, name)
             for part in value if isinstance(value, tuple) else (value,):
-                _check(name, part, allowed)
+                word = part is None or (isinstance(part, str) and isinstance(allowed, Range))  # such as `auto`
+                infinite = isinstance(part, float) and not math.isfinite(part)
+                words = f"{flag(name)} {part}: must be {'a finite number' if infinite else allowed}"
+                require(word or part in allowed, words)
         for field in dataclasses.fields(self):
-            blank = isinstance(getattr(self, field.name), str) and not getattr(self, field.name).strip()
-            if blank and field.default is None:
-                raise UserError(f"{flag(field.name)}: is blank; leave it out for the default")
+            value = getattr(self, field.name)
+            blank = isinstance(value, str) and not value.strip() and field.default is None
+            require(not blank, f"{flag(field.name)}: is blank; leave it out for the default")
 
 
 @dataclass
@@ -161,13 +165,6 @@ class SamplingConfig(RunConfig):
     """Of sampling and of every log-probability: policy, reference and training."""
 
 
-def _check(name: str, value: Any, allowed: Range | Name) -> None:
-    if value is None or (isinstance(value, str) and isinstance(allowed, Range)) or value in allowed:
-        return  # None and words such as `auto` stand beside the numbers
-    infinite = isinstance(value, float) and not math.isfinite(value)
-    raise UserError(f"{flag(name)} {value}: must be {'a finite number' if infinite else allowed}")
-
-
 def flag(name: str) -> str:
     """A field's name on the command line."""
     return f"--{name.replace('_', '-')}"
@@ -186,16 +183,14 @@ def field_ranges(config: Any) -> dict[str, Range | Name]:
     return found
 
 
-def _declared(hint: Any) -> Iterator[tuple[type, Range | Name | None]]:
+def _declared(hint: Any) -> Iterator[tuple[Any, Range | Name | None]]:
     """The types within a type that are numbers or declare what they allow, e.g. float in `tuple[float, ...]`."""
-    if typing.get_origin(hint) is Annotated:
-        kind, *notes = typing.get_args(hint)
-        known = [note for note in notes if isinstance(note, Range | Name)]
-        yield from ((kind, note) for note in known) if known else _declared(kind)
-    elif hint in (int, float):
-        yield hint, None
-    elif typing.get_origin(hint) is not Literal:
-        for part in typing.get_args(hint):
+    kind, *notes = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
+    allowed = next((note for note in notes if isinstance(note, Range | Name)), None)
+    if allowed or kind in (int, float):
+        yield kind, allowed
+    elif typing.get_origin(kind) is not Literal:
+        for part in typing.get_args(kind):
             yield from _declared(part)
 
 
@@ -208,35 +203,36 @@ def run_script(main: Callable[[Any], object], presets: dict[str, Any], *, severa
     """
     import tyro
 
-    arguments = sys.argv[1:]
-    debug = "--debug" in arguments
-    arguments = [a for a in arguments if a != "--debug"]
+    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    words.add_argument("--debug", action="store_true")
+    words.add_argument("--preset", nargs="?", const="", default=next(iter(presets)))
+    chosen, _ = words.parse_known_args()
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
     description = sys.modules["__main__"].__doc__
     with distributed.started() as group:
         try:
             alone = distributed.world_size() == 1
             require(several or alone, "this command runs in one process, and only train_*.py in several: no torchrun")
-            default = presets[_preset_name(arguments, presets)]
+            require(chosen.preset in presets, f"--preset {chosen.preset}: not one of {', '.join(presets)}")
+            default = presets[chosen.preset]
             with interruptible():
-                main(
-                    group.writer_first(
-                        lambda: tyro.cli(type(default), default=default, args=arguments, description=description)
-                    )
-                )
+                stated = {"default": default, "args": arguments, "description": description}
+                main(group.writer_first(lambda: tyro.cli(type(default), **stated)))
         except UserError as error:
-            if debug:
+            if chosen.debug:
                 raise
             group.end(2, f"error: {error}")
         except Interrupted as error:
             group.end(128 + error.number, f"stopped by {error}")
 
 
-def _preset_name(arguments: list[str], presets: dict[str, Any]) -> str:
-    """The value of --preset among the arguments, by default the first preset."""
-    for position, argument in enumerate(arguments):
-        flag, _, value = argument.partition("=")
-        if flag == "--preset":
-            value = value or (arguments[position + 1] if position + 1 < len(arguments) else "")
-            require(value in presets, f"--preset {value}: not one of {', '.join(presets)}")
-            return value
-    return next(iter(presets))
+def run_into_a_pipe(main: Callable[[Any], object], presets: dict[str, Any]) -> None:
+    """`run_script` for a command whose output a program may read that stops before the end, such as `head`."""
+    try:
+        try:
+            run_script(main, presets)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left at its exit
+        sys.exit(getattr(error.__context__, "code", 0))  # that of the command, where it had come to its end

@@ -6,6 +6,7 @@ its response or EOS; what cannot be kept is left out, counted and said in one li
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,11 +92,6 @@ def pairs_from_ranks(ranks: Sequence[int]) -> list[tuple[int, int]]:
     return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if ranks[i] < ranks[j]]
 
 
-def tied_pairs(ranks: Sequence[int]) -> list[tuple[int, int]]:
-    """All pairs of equal ranks, each both ways."""
-    return [(i, j) for i in range(len(ranks)) for j in range(len(ranks)) if i != j and ranks[i] == ranks[j]]
-
-
 def encode_comparison(
     encoding: tiktoken.Encoding, record: Record, *, max_length: int, ties: bool = False
 ) -> Comparison | None:
@@ -116,11 +112,12 @@ def encode_comparison(
         encode_response(encoding, text) if sampled is None else sampled
         for text, sampled in zip(responses, known, strict=True)
     ]
-    kept = [i for i, row in enumerate(ids) if len(row) < max_length]
+    kept = [i for i, row in enumerate(ids) if 0 < len(row) < max_length]
     ranks = [ranks[i] for i in kept]
-    decided = pairs_from_ranks(ranks)
-    tied = tied_pairs(ranks) if ties and record.get("verdict") != "skip" else []
-    pairs = [(i, j) for i, j in [*decided, *tied] if list(ids[kept[i]]) != list(ids[kept[j]])]
+    pairs = pairs_from_ranks(ranks)
+    if ties and record.get("verdict") != "skip":
+        pairs += [(i, j) for i, j in itertools.permutations(range(len(ranks)), 2) if ranks[i] == ranks[j]]
+    pairs = [(i, j) for i, j in pairs if list(ids[kept[i]]) != list(ids[kept[j]])]
     if not pairs:
         return None
     weights = [1.0 if ranks[i] != ranks[j] else 0.5 for i, j in pairs] if ties else []

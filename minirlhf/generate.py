@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minirlhf.batch import Batch
+from minirlhf.batch import Batch, Example, pad
 from minirlhf.kv_cache import KVCache
 from minirlhf.model import GPT, log_softmax
-from minirlhf.runtime import DivergenceError, UserError
+from minirlhf.runtime import DivergenceError, UserError, require
 
 REFILL = 0.125  # share of the slots that must be free before waiting prompts are read into them
+SLOTS = 1024  # rows decoded at a time where there may be very many: bounds the KV cache
 REPLAYED = ("cuda",)  # kinds of device on which a step is captured
 # By kind of device, with what holds for the others. The GPU's are chosen, not measured: a capture costs some steps.
 COMPACT_BELOW = defaultdict(lambda: 0.75, cuda=0.5)  # share of unfinished rows at which the others' slots are given up
@@ -50,36 +51,38 @@ def sample(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tuple[Ten
     return tokens, logprobs.gather(1, tokens[:, None])[:, 0]
 
 
+@dataclass(eq=False)
 class Decoder:
-    """N prompts, of which S are being answered at a time.
+    """N prompts, of which S are being answered at a time; arguments and errors are those of `generate`.
 
-    prompts    lists of token ids; as tensors `prompts` (N, P), right-padded, and `lengths` (N,)
-    uniforms   (N, L) the random numbers of each row, L the length limit of a response
-    slots      S, at most N
-    sampled, logprobs   (N, L + 1) what was drawn; what follows a row's EOS means nothing, nor does the last column,
+    padded, lengths     (N, P) the prompts as they stand right-padded, and (N,) their tokens
+    uniforms            (N, limit + 1) the random numbers of each row, and a 0
+    sampled, logprobs   (N, limit + 1) what was drawn; what follows a row's EOS means nothing, nor does the last column,
                         into which a slot writes whose row is done
     tokens, rows, place, alive   (S,) the last token of each slot, its row, how many it has sampled, whether it goes on
     """
 
-    def __init__(
-        self,
-        model: GPT,
-        prompts: Sequence[Sequence[int]],
-        uniforms: Tensor,
-        *,
-        slots: int,
-        eos_id: int | None,
-        temperature: float,
-    ) -> None:
-        weights, device, (count, limit) = model.wte.weight.dtype, model.wte.weight.device, uniforms.shape
-        self.model, self.prompts = model, _pad(prompts).to(device)
-        self.lengths = lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
-        self.uniforms, self.limit = F.pad(uniforms, (0, 1)).to(device), limit
-        self.eos_id, self.temperature = eos_id, temperature
+    model: GPT
+    prompts: Sequence[Sequence[int]]
+    keys: Sequence[tuple[int, ...]]
+    limit: int
+    eos_id: int | None
+    temperature: float
+    seed: int
+    slots: int | None
+
+    def __post_init__(self) -> None:
+        self._check()
+        weights, device, limit = self.model.wte.weight.dtype, self.model.wte.weight.device, self.limit
+        count, shape = len(self.prompts), self.model.config
+        slots = min(self.slots or count, count)
+        padded = pad([Example(list(prompt), []) for prompt in self.prompts]).to(device)
+        self.padded, self.lengths = padded.tokens, padded.lengths
+        self.uniforms = F.pad(_uniforms(self.seed, self.keys, limit), (0, 1)).to(device)
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weights
-        capacity = int(lengths.max()) + limit - 1  # the last token is not fed back
-        layers, heads, head_size = model.config.n_layer, model.config.n_head, model.config.n_embd // model.config.n_head
+        capacity = int(self.lengths.max()) + limit - 1  # the last token is not fed back
+        layers, heads, head_size = shape.n_layer, shape.n_head, shape.n_embd // shape.n_head
         self.cache = KVCache(layers, heads, head_size, slots=slots, capacity=capacity, dtype=dtype, device=device)
         self.sampled = torch.zeros(count, limit + 1, dtype=torch.long, device=device)
         exact = torch.float64 if weights == torch.float64 else torch.float32
@@ -88,9 +91,29 @@ class Decoder:
         self.place += limit
         self.alive = torch.zeros(slots, dtype=torch.bool, device=device)
         # Rows that share a pass should have prompts of like length, so that prefill and cache waste little.
-        self.waiting = torch.argsort(lengths, descending=True, stable=True)
+        self.waiting = torch.argsort(self.lengths, descending=True, stable=True)
         self.replay: Callable[[], None] | None = None
         self.shape = (0, 0)  # slots and columns of the last step, and so of `replay`
+
+    def _check(self) -> None:
+        """Raise GenerationError, in words, on what cannot be generated; ValueError where the caller miscounted."""
+        vocab_size, n_positions = self.model.config.vocab_size, self.model.config.n_positions
+        numbers = f"generate: max_new_tokens {self.limit}, temperature {self.temperature}, slots {self.slots}"
+        require(len(self.prompts) > 0, "generate: no prompts", GenerationError)
+        if len(self.keys) != len(self.prompts):
+            raise ValueError(f"generate: {len(self.keys)} keys for {len(self.prompts)} prompts; give one a row")
+        enough = self.limit >= 1 and self.temperature >= 0 and (self.slots is None or self.slots >= 1)
+        require(enough, f"{numbers}; at least 1, 0 and 1 are needed", GenerationError)
+        outside = f"outside the vocabulary of {vocab_size}"
+        usable = self.eos_id is None or 0 <= self.eos_id < vocab_size
+        require(usable, f"generate: eos_id {self.eos_id} is {outside}; None never stops early", GenerationError)
+        for row, prompt in enumerate(self.prompts):
+            where, length = f"generate: prompt {row}", len(prompt)
+            require(length > 0, f"{where} is empty; for unconditional text give the single token EOS", GenerationError)
+            long = f"{where} has {length} tokens; with max_new_tokens {self.limit} it exceeds the model's n_positions"
+            fits = length + self.limit - 1 <= n_positions  # the last token is not fed back
+            require(fits, f"{long} {n_positions}; shorten the prompt or the limit", GenerationError)
+            require(min(prompt) >= 0 and max(prompt) < vocab_size, f"{where} has ids {outside}", GenerationError)
 
     def run(self) -> None:
         """Answer every prompt."""
@@ -116,7 +139,7 @@ class Decoder:
         for part, slots in zip(rows.split(count), free[: len(rows)].split(count), strict=True):
             lengths = self.lengths[part]
             self.cache.admit(slots, lengths)
-            hidden = self.model.hidden(self.prompts[part, : int(lengths.max())], self.cache)
+            hidden = self.model.hidden(self.padded[part, : int(lengths.max())], self.cache)
             self.rows[slots], self.place[slots], self.alive[slots] = part, 0, True
             self._draw(hidden[torch.arange(len(part), device=part.device), lengths - 1], slots)
 
@@ -158,6 +181,23 @@ class Decoder:
         self.place[slots] = (place + 1).clamp(max=self.limit)
         self.tokens[slots] = tokens
 
+    def samples(self) -> Samples:
+        """Prompts and sampled tokens joined, up to each row's first EOS; raises DivergenceError where it was not."""
+        _require_finite(self.logprobs)
+        sampled, logprobs = self.sampled[:, : self.limit], self.logprobs[:, : self.limit]
+        is_eos = torch.zeros_like(sampled, dtype=torch.bool) if self.eos_id is None else sampled == self.eos_id
+        finished = is_eos.any(dim=1)
+        counts = torch.where(finished, is_eos.int().argmax(dim=1) + 1, self.limit)  # argmax is the first; EOS counts
+        lengths = self.lengths + counts
+        columns = torch.arange(int(lengths.max()), device=sampled.device)
+        place = columns - self.lengths[:, None]  # (B, T) in the response
+        response = (place >= 0) & (place < counts[:, None])
+        place = place.clamp(0, self.limit - 1)
+        tokens = F.pad(self.padded, (0, len(columns) - self.padded.shape[1]))
+        tokens = torch.where(response, sampled.gather(1, place), tokens)
+        logprobs = torch.where(response, logprobs.gather(1, place), 0.0)[:, 1:]  # index t scores token t+1
+        return Samples(tokens, self.lengths, lengths, logprobs, finished)
+
 
 def capture(step: Callable[[], None]) -> Callable[[], None]:
     """Record a step without taking it; the result takes it, on the same tensors."""
@@ -165,13 +205,6 @@ def capture(step: Callable[[], None]) -> Callable[[], None]:
     with torch.cuda.graph(graph):
         step()
     return graph.replay
-
-
-def _pad(prompts: Sequence[Sequence[int]]) -> Tensor:
-    padded = torch.zeros(len(prompts), max(len(prompt) for prompt in prompts), dtype=torch.long)
-    for row, prompt in enumerate(prompts):
-        padded[row, : len(prompt)] = torch.tensor(prompt)
-    return padded
 
 
 __all__ = ["GenerationError", "Samples", "generate", "sample", "stream"]
@@ -217,14 +250,9 @@ def generate(
     Trap: neither training mode nor any global generator is read or changed.
     """
     keys = [(row,) for row in range(len(prompts))] if keys is None else keys
-    _check(model, prompts, keys, max_new_tokens, eos_id, temperature, slots)
-    uniforms = _uniforms(seed, keys, max_new_tokens)
-    slots = min(slots or len(prompts), len(prompts))
-    decoder = Decoder(model, prompts, uniforms, slots=slots, eos_id=eos_id, temperature=temperature)
+    decoder = Decoder(model, prompts, keys, max_new_tokens, eos_id, temperature, seed, slots)
     decoder.run()
-    _require_finite(decoder.logprobs)
-    sampled, logprobs = decoder.sampled[:, :max_new_tokens], decoder.logprobs[:, :max_new_tokens]
-    return _assemble(decoder.prompts, decoder.lengths, sampled, logprobs, eos_id)
+    return decoder.samples()
 
 
 @torch.no_grad()
@@ -243,9 +271,7 @@ def stream(
     They are those that `generate` samples for this prompt, seed and key; arguments and errors are the same.
     Trap: nothing is checked or computed before the first token is asked for.
     """
-    _check(model, [prompt], [key], max_new_tokens, eos_id, temperature, None)
-    uniforms = _uniforms(seed, [key], max_new_tokens)
-    decoder = Decoder(model, [prompt], uniforms, slots=1, eos_id=eos_id, temperature=temperature)
+    decoder = Decoder(model, [prompt], [key], max_new_tokens, eos_id, temperature, seed, slots=1)
     decoder.admit(torch.tensor([0], device=decoder.rows.device))
     while True:
         _require_finite(decoder.logprobs)
@@ -256,29 +282,11 @@ def stream(
 
 
 def _require_finite(logprobs: Tensor) -> None:
-    if not torch.isfinite(logprobs).all():
-        raise DivergenceError(
-            "generate: the model's logits are not finite, so its weights hold nan or inf, or are too large for their "
-            "number format; start from an earlier model, with a lower learning rate"
-        )
-
-
-def _assemble(
-    prompts: Tensor, prompt_lengths: Tensor, sampled: Tensor, logprobs: Tensor, eos_id: int | None
-) -> Samples:
-    """Join right-padded prompts and sampled tokens (B, max_new_tokens) up to each row's first EOS."""
-    is_eos = torch.zeros_like(sampled, dtype=torch.bool) if eos_id is None else sampled == eos_id
-    finished = is_eos.any(dim=1)
-    limit = sampled.shape[1]
-    counts = torch.where(finished, is_eos.int().argmax(dim=1) + 1, limit)  # argmax is the first; the EOS counts
-    lengths = prompt_lengths + counts
-    place = torch.arange(int(lengths.max()), device=sampled.device) - prompt_lengths[:, None]  # (B, T) in the response
-    response = (place >= 0) & (place < counts[:, None])
-    place = place.clamp(0, limit - 1)
-    tokens = F.pad(prompts, (0, place.shape[1] - prompts.shape[1]))
-    tokens = torch.where(response, sampled.gather(1, place), tokens)
-    logprobs = torch.where(response, logprobs.gather(1, place), 0.0)[:, 1:]  # index t scores token t+1
-    return Samples(tokens, prompt_lengths, lengths, logprobs, finished)
+    words = (
+        "generate: the model's logits are not finite, so its weights hold nan or inf, or are too large for their "
+        "number format; start from an earlier model, with a lower learning rate"
+    )
+    require(bool(logprobs.isfinite().all()), words, DivergenceError)
 
 
 def _uniforms(seed: int, keys: Sequence[tuple[int, ...]], count: int) -> Tensor:
@@ -294,39 +302,3 @@ def _uniforms(seed: int, keys: Sequence[tuple[int, ...]], count: int) -> Tensor:
         for key in keys
     ]
     return torch.from_numpy(np.stack(rows))
-
-
-def _check(
-    model: GPT,
-    prompts: Sequence[Sequence[int]],
-    keys: Sequence[tuple[int, ...]],
-    max_new_tokens: int,
-    eos_id: int | None,
-    temperature: float,
-    slots: int | None,
-) -> None:
-    """Raise GenerationError, in words, on what cannot be generated; ValueError where the caller miscounted."""
-    vocab_size, n_positions = model.config.vocab_size, model.config.n_positions
-    if not prompts:
-        raise GenerationError("generate: no prompts")
-    if len(keys) != len(prompts):
-        raise ValueError(f"generate: {len(keys)} keys for {len(prompts)} prompts; give one a row")
-    if max_new_tokens < 1 or not temperature >= 0 or (slots is not None and slots < 1):
-        raise GenerationError(
-            f"generate: max_new_tokens {max_new_tokens}, temperature {temperature}, slots {slots}; "
-            "at least 1, 0 and 1 are needed"
-        )
-    if eos_id is not None and not 0 <= eos_id < vocab_size:
-        raise GenerationError(
-            f"generate: eos_id {eos_id} is outside the vocabulary of {vocab_size}; None never stops early"
-        )
-    for row, prompt in enumerate(prompts):
-        if len(prompt) == 0:
-            raise GenerationError(f"generate: prompt {row} is empty; for unconditional text give the single token EOS")
-        if len(prompt) + max_new_tokens - 1 > n_positions:  # the last token is not fed back
-            raise GenerationError(
-                f"generate: prompt {row} has {len(prompt)} tokens; with max_new_tokens {max_new_tokens} it exceeds the "
-                f"model's n_positions {n_positions}; shorten the prompt or the limit"
-            )
-        if min(prompt) < 0 or max(prompt) >= vocab_size:
-            raise GenerationError(f"generate: prompt {row} has ids outside the vocabulary of {vocab_size}")

@@ -294,13 +294,9 @@ def _logprobs_and_entropy(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     logprobs = log_softmax(F.linear(hidden, head_weight), temperature)  # (M, V)
-    return logprobs.gather(-1, targets[:, None])[:, 0], entropy_of(logprobs)
-
-
-@torch.no_grad()
-def entropy_of(logprobs: Tensor) -> Tensor:
-    """- sum p log p (nats) over the last axis, from log p; a token of probability 0 adds 0."""
-    return -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    with torch.no_grad():  # - sum p log p, nats; a token of probability 0 adds 0
+        entropy = -(logprobs.exp() * logprobs.clamp(min=torch.finfo(logprobs.dtype).min)).sum(-1)
+    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:

@@ -32,16 +32,7 @@ from torch import Tensor
 from minirlhf import distributed, dpo, reward_functions
 from minirlhf.batch import Example, batch_indices, permutation, require_batch
 from minirlhf.comparisons import ReferencedComparison, pair_logprobs, pair_micro_batches
-from minirlhf.config import (
-    Count,
-    Finite,
-    FolderName,
-    NotNegative,
-    Positive,
-    SamplingConfig,
-    TrainConfig,
-    run_script,
-)
+from minirlhf.config import Count, Finite, FolderName, NotNegative, Positive, SamplingConfig, TrainConfig, run_script
 from minirlhf.model import GPT
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.rollout import Rollout, collect, rollout_keys, rollout_metrics
@@ -102,7 +93,7 @@ def label(rollout: Rollout) -> tuple[list[ReferencedComparison], dict[str, int]]
     examples = [Example(row[:n], ids) for (row, n), ids in zip(prompts, answers, strict=True)]
     ref = rollout.ref_logprobs.sum(dim=1).tolist()
     scores, groups = rollout.scores.tolist(), rollout.groups.tolist()
-    found: list[ReferencedComparison] = []
+    pairs: list[ReferencedComparison] = []
     counts = {"pairs": 0, "ties": 0, "identical": 0}
     for group in dict.fromkeys(groups):
         rows = [row for row, other in enumerate(groups) if other == group]
@@ -114,9 +105,9 @@ def label(rollout: Rollout) -> tuple[list[ReferencedComparison], dict[str, int]]
         counts[kind] += 1
         if kind == "pairs":
             order = (0, 1) if scores[first] > scores[second] else (1, 0)
-            both = [examples[row] for row in rows]
-            found.append(ReferencedComparison(both, [order], ref_seq_logprobs=[ref[row] for row in rows]))
-    return found, counts
+            both = [examples[first], examples[second]]
+            pairs.append(ReferencedComparison(both, [order], ref_seq_logprobs=[ref[first], ref[second]]))
+    return pairs, counts
 
 
 def train_step(
@@ -146,7 +137,7 @@ def train_step(
 
 
 def update(
-    state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device, *, max_tokens: int
+    state: State, comparisons: list[ReferencedComparison], config: Config, device: torch.device, stage: Stage
 ) -> dict[str, Tensor | int]:
     """Epochs of shuffled minibatches over the pairs; means over the steps, of which there are none without a pair."""
     rows = []
@@ -155,7 +146,9 @@ def update(
         for index in torch.tensor(order).tensor_split(config.minibatches):
             if len(index):  # few pairs may be left
                 batch = [comparisons[i] for i in index.tolist()]
-                rows.append(train_step(state, batch, config, device, max_tokens=max_tokens))
+                for attempt in stage.attempts():
+                    with attempt as max_tokens:
+                        rows.append(train_step(state, batch, config, device, max_tokens=max_tokens))
     means = {name: torch.stack([row[name].cpu() for row in rows]).mean() for name in (rows[0] if rows else ())}
     return {**means, "optimizer_steps": len(rows)}
 
@@ -185,7 +178,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
             factor = linear_schedule(iteration, config.iterations)
             learning_rate = set_learning_rate(state.optimizer, config.learning_rate * factor)
             chosen = batch_indices(len(env.prompts), config.rollout_size, seed=config.seed, step=iteration)
-            with autocast(device, dtype), stage.attempt() as max_tokens:
+            with autocast(device, dtype):
                 rollout = collect(
                     policy,
                     reference,
@@ -199,19 +192,17 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
                     temperature=config.temperature,
                     missing_eos_score=config.missing_eos_score,
                     rescore=dtype != torch.float32,
-                    max_tokens=max_tokens,
+                    max_tokens=stage.micro_batch_tokens,
                     groups=[i for i in chosen for _ in range(2)],
                 )
                 require_finite(scores=rollout.scores)
                 pairs, counts = label(rollout)
-                metrics = {
-                    **rollout_metrics(rollout),
-                    **counts,
-                    **update(state, pairs, config, device, max_tokens=max_tokens),
-                }
+                learned = update(state, pairs, config, device, stage)
+                metrics = {**rollout_metrics(rollout), **counts, **learned}
+                stage.hold()  # where no pair was left, no optimizer step has done so
                 state.iteration += 1
                 stage.finish(iteration, {**metrics, "learning_rate": learning_rate}, tokens=int(rollout.lengths.sum()))
-            if observe and state.iteration > iteration:
+            if observe:
                 observe(state)
         stage.save(policy, env.encoding, objective="Online DPO: its own answers, labelled.")
     return stage.output

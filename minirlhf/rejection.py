@@ -28,9 +28,8 @@ from minirlhf.batch import permutation
 from minirlhf.config import AtLeastTwo, Count, FolderName, SamplingConfig, run_script
 from minirlhf.encode import Record
 from minirlhf.evaluate.evaluation import best_of_n_kl
-from minirlhf.feedback.collect import SLOTS
 from minirlhf.files import source_hash, write_records
-from minirlhf.generate import generate
+from minirlhf.generate import SLOTS, generate
 from minirlhf.model import GPT
 from minirlhf.rollout import over_micro_batches
 from minirlhf.runs.stage import Stage
@@ -83,10 +82,8 @@ def choose(scores: np.ndarray, finished: np.ndarray) -> np.ndarray:
 
 def choose_randomly(finished: np.ndarray, *, seed: int) -> np.ndarray:
     """(P,) a finished candidate, each as likely as another, whatever its score; -1 where none finished."""
-    orders = (permutation(finished.shape[1], seed, Stream.REJECTION, i) for i in range(len(finished)))
-    return np.array(
-        [next((k for k in order if row[k]), -1) for order, row in zip(orders, finished, strict=True)], dtype=np.int64
-    )
+    orders = [permutation(finished.shape[1], seed, Stream.REJECTION, i) for i in range(len(finished))]
+    return choose(-np.argsort(orders, axis=1), finished)  # the first of its order
 
 
 def main(config: Config) -> Path:
@@ -124,9 +121,7 @@ def main(config: Config) -> Path:
         for name, chosen in choices.items():
             records = winners(env.texts, answers, scores, chosen, origin | {"choice": name})
             write_records(config.run / config.stage / f"{name}.jsonl", records)
-        metrics = statistics(scores, choices)
-        require(metrics["prompts"] > 0, "no answer finished: raise --max-new-tokens")
-        stage.finish(0, metrics, tokens=int(samples.lengths.sum()))
+        stage.finish(0, statistics(scores, choices), tokens=int(samples.lengths.sum()))
     print(table(scores))
     return output
 
@@ -144,29 +139,21 @@ def winners(
 
 
 def statistics(scores: np.ndarray, choices: dict[str, np.ndarray]) -> dict[str, float]:
-    """Counts, and the mean scores of all candidates and of each choice."""
+    """Counts, and the mean scores of all candidates and of each choice; raises UserError where no answer finished."""
     answered = choices["best"] >= 0
-    means = {
-        f"score_{name}": float(scores[answered, chosen[answered]].mean()) if answered.any() else 0.0
-        for name, chosen in choices.items()
-    }
-    return {
-        "prompts": int(answered.sum()),
-        "prompts_without_a_finished_answer": int((~answered).sum()),
-        "score": float(scores.mean()),
-        **means,
-    }
+    require(bool(answered.any()), "no answer finished: raise --max-new-tokens")
+    counts = {"prompts": int(answered.sum()), "prompts_without_a_finished_answer": int((~answered).sum())}
+    means = {f"score_{name}": float(scores[answered, c[answered]].mean()) for name, c in choices.items()}
+    return {**counts, "score": float(scores.mean()), **means}
 
 
 def table(scores: np.ndarray) -> str:
     """What the best of n would score, n = 1, 2, 4, ... up to the number of candidates, and the bound on its KL."""
     count = scores.shape[1]
     sizes = [2**power for power in range(count.bit_length()) if 2**power < count] + [count]
-    rows = [f"{'n':>4}{'score of the best of n':>24}{'KL at most (nats)':>20}"]
-    for n in sizes:
-        mean = best_of_n_mean(scores, scores, n).mean()
-        rows.append(f"{n:>4}{mean:>24.3f}{best_of_n_kl(n):>20.2f}")
-    return "\n".join(rows)
+    rows = [(n, best_of_n_mean(scores, scores, n).mean(), best_of_n_kl(n)) for n in sizes]
+    head = f"{'n':>4}{'score of the best of n':>24}{'KL at most (nats)':>20}"
+    return "\n".join([head, *(f"{n:>4}{mean:>24.3f}{kl:>20.2f}" for n, mean, kl in rows)])
 
 
 if __name__ == "__main__":

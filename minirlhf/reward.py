@@ -48,11 +48,9 @@ class RewardModel(nn.Module):
         weights = {name: value.clone() for name, value in gpt.state_dict().items() if name != "lm_head.weight"}
         trunk.load_state_dict(weights, assign=True)
         model = cls(trunk)
-        std = 1 / math.sqrt(gpt.config.n_embd + 1)
+        head, std = model.score.weight, 1 / math.sqrt(gpt.config.n_embd + 1)
         with torch.no_grad():
-            model.score.weight.copy_(
-                torch.randn(model.score.weight.shape, generator=generator, device=generator.device) * std
-            )
+            head.copy_(torch.randn(head.shape, generator=generator, device=generator.device) * std)
         return model
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +33,9 @@ import torch
 from torch import Tensor
 
 from minirlhf import data, tokenizer
-from minirlhf.batch import Batch
+from minirlhf.batch import Batch, Example
 from minirlhf.config import SamplingConfig
-from minirlhf.encode import encode_prompts
+from minirlhf.encode import encode_demonstrations, encode_prompts
 from minirlhf.hf.hub import model_folder, model_or_earlier
 from minirlhf.model import GPTConfig, read_config
 from minirlhf.reward import RewardEnsemble, RewardModel
@@ -67,29 +67,14 @@ def load(spec: str, *, flag: str = "--reward") -> Callable[..., Any]:
     return function
 
 
-def source_files(specs: Iterable[str]) -> list[Path]:
-    """The files of the modules that the specs name, once loaded: inputs of a stage like any other."""
-    modules = [sys.modules[spec.partition(":")[0]] for spec in specs]
-    return [Path(module.__file__) for module in modules if module.__file__]
+def function_reward(spec: str, function: RewardFunction, encoding: tiktoken.Encoding) -> Reward:
+    """A function of texts as a function of a batch: it sees prompts and responses without EOS."""
 
-
-@dataclass(frozen=True)
-class FunctionReward:
-    """A function of texts as a function of a batch: `reward(batch)` -> (B,) float32 scores.
-
-    The function gets the texts without EOS; a prompt that was cut to fit the model, as it was cut.
-    Raises UserError where it gives another number of scores, or one that is not a finite number. Whatever it raises
-    itself is its author's to see, with traceback.
-    """
-
-    spec: str
-    function: RewardFunction
-    encoding: tiktoken.Encoding
-
-    def __call__(self, batch: Batch) -> Tensor:
-        prompts, responses = texts(self.encoding, batch)
-        scores = scores_of(self.function, prompts, responses, where=f"--reward {self.spec}")
+    def reward(batch: Batch) -> Tensor:
+        scores = scores_of(function, *texts(encoding, batch), where=f"--reward {spec}")
         return torch.tensor(scores, dtype=torch.float32, device=batch.tokens.device)
+
+    return reward
 
 
 def scores_of(function: RewardFunction, prompts: list[str], responses: list[str], *, where: str) -> list[float]:
@@ -112,12 +97,6 @@ def texts(encoding: tiktoken.Encoding, batch: Batch) -> tuple[list[str], list[st
     return prompts, [tokenizer.response_text(encoding, ids) for ids in batch.response_ids()]
 
 
-def total(parts: Sequence[Callable[[Batch], Tensor]]) -> Callable[[Batch], Tensor]:
-    """The sum of several rewards; one alone is itself, bit for bit."""
-
-    return lambda batch: functools.reduce(torch.add, (part(batch) for part in parts))
-
-
 # ------------------------------------------------------------------------------------------------------- environment
 @dataclass(frozen=True)
 class Sources:
@@ -125,20 +104,17 @@ class Sources:
 
     reward_models  the one that `--reward-model` names or the run has, then those of `--ensemble`
     functions      by the names that `--reward` gives them
+    files          with the prompts, and the modules of the functions
     """
 
-    policy: Path | str
-    reward_models: tuple[Path | str, ...]
+    policy: Path
+    reward_models: tuple[Path, ...]
     functions: Mapping[str, RewardFunction]
-    prompts: str
+    files: tuple[Path, ...]
 
     @property
-    def models(self) -> tuple[Path | str, ...]:
+    def models(self) -> tuple[Path, ...]:
         return (self.policy, *self.reward_models)
-
-    @property
-    def files(self) -> list[Path]:
-        return [*data.local_files(self.prompts), *source_files(self.functions)]
 
 
 @dataclass(frozen=True)
@@ -151,7 +127,7 @@ class Environment:
     """
 
     encoding: tiktoken.Encoding
-    shapes: Mapping[Path | str, GPTConfig]
+    shapes: Mapping[Path, GPTConfig]
     texts: list[str]
     prompts: list[list[int]]
 
@@ -160,15 +136,12 @@ def find_sources(config: SamplingConfig) -> Sources:
     """The sources that the settings name; raises UserError where there is no such thing."""
     policy = model_or_earlier(config.policy, "--policy", config.run / "sft" / "model")
     functions = {spec: load(spec) for spec in config.reward}
-    return Sources(policy, reward_model_folders(config), functions, config.prompts)
-
-
-def reward_model_folders(config: SamplingConfig) -> tuple[Path | str, ...]:
-    """The reward models to score with, the run's own first; none where functions alone give the score."""
-    others = tuple(map(model_folder, config.ensemble))
-    if config.reward and config.reward_model is None:
-        return others
-    return (model_or_earlier(config.reward_model, "--reward-model", config.run / "reward" / "model"), *others)
+    by_functions = config.reward and config.reward_model is None  # the run's own reward model is not asked
+    trained = (config.reward_model, "--reward-model", config.run / "reward" / "model")
+    first = () if by_functions else (model_or_earlier(*trained),)
+    modules = (sys.modules[spec.partition(":")[0]].__file__ for spec in functions)
+    files = data.local_files(config.prompts, *modules)
+    return Sources(policy, (*first, *map(model_folder, config.ensemble)), functions, files)
 
 
 def read_environment(config: SamplingConfig, sources: Sources) -> Environment:
@@ -181,6 +154,15 @@ def read_environment(config: SamplingConfig, sources: Sources) -> Environment:
     room = min(shape.n_positions for shape in shapes.values()) - config.max_new_tokens
     require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
     return Environment(encoding, shapes, texts, encode_prompts(encoding, texts, max_length=room))
+
+
+def pretraining_texts(source: str | None, encoding: tiktoken.Encoding, *, max_length: int) -> list[Example]:
+    """The texts of PPO-ptx in a file or of a hub name; raises UserError where nothing fits `max_length` tokens."""
+    if source is None:
+        return []
+    texts = encode_demonstrations(encoding, data.load(source, "demonstrations"), max_length=max_length)
+    require(len(texts) > 0, f"--ptx-data {source}: nothing in it fits {max_length} tokens")
+    return texts
 
 
 def load_reward_models(sources: Sources, device: torch.device) -> list[RewardModel]:
@@ -201,11 +183,11 @@ def reward_of(
     encoding: tiktoken.Encoding,
 ) -> Reward:
     """What an answer is worth: the score of the reward models, where there are any, and of all functions, added up."""
-    parts: list[Reward] = [FunctionReward(spec, function, encoding) for spec, function in functions.items()]
+    parts = [function_reward(spec, function, encoding) for spec, function in functions.items()]
     if members:
         ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
         parts.insert(0, reward_function(ensemble if config.ensemble else members[0]))
-    return total(parts)
+    return lambda batch: functools.reduce(torch.add, (part(batch) for part in parts))  # one alone is itself
 
 
 def __getattr__(name: str) -> Any:

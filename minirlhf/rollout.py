@@ -3,19 +3,20 @@
 The sampled batch is right-padded, so it is a training batch as it stands. Reference, reward model and value model each
 see it once, without gradient, in length-sorted micro-batches. Several processes sample and score a share of the rows
 each; every one of them then holds the whole rollout, so that what follows is the same everywhere.
+At the end stands PPO-ptx: texts that the policy goes on learning from beside its rollouts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from minirlhf import distributed, ppo
-from minirlhf.batch import Batch, own_micro_batches
+from minirlhf import distributed, ops, ppo
+from minirlhf.batch import Batch, Example, fitting, own_micro_batches, pad, permutation
 from minirlhf.generate import Samples, generate
 from minirlhf.model import GPT
 from minirlhf.reward import ValueModel
@@ -34,7 +35,7 @@ class Rollout(Batch):
     values        (B, T-1) V(state before the action at t); 0 without a value model
     scores        (B,) what the reward function gave; unfinished responses hold the fixed score instead
     sampling_gap  (B,) largest |recorded - recomputed| old log-probability of the row; 0 where none was recomputed
-    groups        (B,) long: rows of one number answer the same prompt; by default each row is a group by itself
+    groups        (B,) long: rows of one number answer the same prompt
     """
 
     finished: Tensor
@@ -43,11 +44,7 @@ class Rollout(Batch):
     values: Tensor
     scores: Tensor
     sampling_gap: Tensor
-    groups: Tensor = field(kw_only=True, default_factory=lambda: torch.empty(0))
-
-    def __post_init__(self) -> None:
-        if len(self.groups) != len(self):
-            self.groups = torch.arange(len(self), device=self.tokens.device)
+    groups: Tensor
 
 
 @torch.no_grad()
@@ -55,19 +52,25 @@ def over_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, max_to
     """`function(batch)` computed in micro-batches, without gradient; a (B,) or (B, T-1) result, 0 beyond a row.
 
     function  per-row: its result for a row must not depend on the other rows
-    Every process computes a share of the rows and returns the result for all of them.
+    Every process computes a share of the rows and returns the result for all of them. Where memory is refused the
+    micro-batches become smaller.
     """
-    parts = own_micro_batches(batch.lengths, max_tokens)
-    first = function(batch.rows(parts[0] if parts else torch.tensor([0])))  # without rows: what a result looks like
-    shape = (len(batch),) if first.ndim == 1 else (len(batch), batch.tokens.shape[1] - 1)
-    result = first.new_zeros(shape)
-    for number, part in enumerate(parts):
-        value = function(batch.rows(part)) if number else first
-        if value.ndim == 1:
-            result[part] = value
-        else:
-            result[part, : value.shape[1]] = value
-    return distributed.all_sum(result)  # each row from one process, 0 from the others: nothing is rounded
+
+    def own_rows(max_tokens: int) -> Tensor:
+        parts = own_micro_batches(batch.lengths, max_tokens)
+        first = function(batch.rows(parts[0] if parts else torch.tensor([0])))  # without rows: how a result looks
+        shape = (len(batch),) if first.ndim == 1 else (len(batch), batch.tokens.shape[1] - 1)
+        result = first.new_zeros(shape)
+        for number, part in enumerate(parts):
+            value = function(batch.rows(part)) if number else first
+            if value.ndim == 1:
+                result[part] = value
+            else:
+                result[part, : value.shape[1]] = value
+        return result
+
+    # Each row from one process, 0 from the others: nothing is rounded.
+    return distributed.all_sum(fitting(own_rows, max_tokens))
 
 
 def sample(
@@ -199,3 +202,26 @@ class Experience(Rollout):
 
     advantages: Tensor
     returns: Tensor
+
+
+# ------------------------------------------------------------------------------------------------------------- PPO-ptx
+def draw_texts(texts: Sequence[Example], count: int, *key: int) -> list[Example]:
+    """`count` different texts, or all of fewer, chosen by the key alone."""
+    return [texts[i] for i in permutation(len(texts), *key)[:count]]
+
+
+def ptx_gradient(policy: GPT, texts: Sequence[Example], *, coefficient: float, max_tokens: int) -> dict[str, Tensor]:
+    """Add the gradient of coefficient * mean negative log-likelihood of the texts; returns this loss.
+
+    Ouyang et al. 2022, eq. 2, the term coefficient * E_pretraining[log pi(x)], against forgetting how to write.
+    Temperature 1, as in train_sft.py. `max_tokens` padded positions a forward pass.
+    """
+    batch = pad(texts).to(policy.head_weight.device)
+    tokens, total = batch.mask.sum(), torch.zeros(())
+    for rows in own_micro_batches(batch.lengths, max_tokens):
+        part = batch.rows(rows)
+        logprobs = policy.logprobs(part.tokens, part.mask)  # (b, t-1)
+        loss = -coefficient * ops.masked_mean(logprobs, part.mask, denominator=tokens)
+        loss.backward()
+        total = total + loss.detach().cpu()
+    return {"ptx_loss": total}

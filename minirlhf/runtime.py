@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class DivergenceError(UserError, FloatingPointError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C, raised wherever the process is; scripts exit with 128 + `number` (143, 130)."""
+    """SIGTERM, Ctrl-C or a hang-up, raised where the process is; scripts exit with 128 + `number` (143, 130, 129)."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -98,12 +99,12 @@ def autocast(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractCon
     return torch.autocast(device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
 
 
-STOPPING = (signal.SIGTERM, signal.SIGINT)
+STOPPING = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, SIGTERM and Ctrl-C raise Interrupted; a second one ends the process at once, without another word."""
+    """Inside, a signal that stops a process raises Interrupted; a second one ends it at once, without another word."""
 
     def leave(number: int, frame: object) -> None:
         os._exit(128 + number)
@@ -113,37 +114,74 @@ def interruptible() -> Iterator[None]:
             signal.signal(other, leave)
         raise Interrupted(number)
 
-    with _handlers(stop):
-        yield
-
-
-@contextlib.contextmanager
-def held_signals() -> Iterator[None]:
-    """Inside, SIGTERM and Ctrl-C wait until the end, so that what belongs together is done together."""
-    waiting: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if waiting:
-            os._exit(128 + number)
-        waiting.append(number)
-
-    with _handlers(note):
-        yield
-    if waiting:
-        signal.raise_signal(waiting[0])
-
-
-@contextlib.contextmanager
-def _handlers(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Let `handler` take the signals that stop a process, where this thread may and they are not ignored."""
-    main_thread = threading.current_thread() is threading.main_thread()
-    numbers = [n for n in STOPPING if main_thread and signal.getsignal(n) not in (signal.SIG_IGN, None)]
-    before = {number: signal.signal(number, handler) for number in numbers}
+    before = _handle(stop)
     try:
         yield
     finally:
         for number, previous in before.items():
             signal.signal(number, previous)
+
+
+class SignalGate:
+    """While it is closed, a signal that stops a process waits; a second one ends the process at once.
+
+    notice   what is written on standard error where one begins to wait
+    waiting  its number, 0 without one
+    """
+
+    def __init__(self, notice: str = "") -> None:
+        self.notice, self.waiting = notice, 0
+        self._before: dict[int, Any] = {}
+
+    def close(self) -> None:
+        """Let signals wait from here on; closing a closed gate changes nothing."""
+        if not self._before:
+            self._before = _handle(self._wait)
+
+    def _wait(self, number: int, frame: object) -> None:
+        if self.waiting:
+            os._exit(128 + number)
+        self.waiting = number
+        if self.notice:  # not by print, which the signal may have interrupted
+            os.write(2, f"\n{self.notice}\n".encode())
+
+    def open(self) -> None:
+        """Let signals through again, the one that waited first."""
+        for number, previous in self._before.items():
+            signal.signal(number, previous)
+        number, self.waiting, self._before = self.waiting, 0, {}
+        if number:
+            signal.raise_signal(number)
+
+
+@contextlib.contextmanager
+def held_signals() -> Iterator[None]:
+    """Inside, signals that stop a process wait, so that what belongs together is done together."""
+    gate = SignalGate()
+    gate.close()
+    try:
+        yield
+    finally:
+        gate.open()
+
+
+def _handle(handler: Callable[[int, object], None]) -> dict[int, Any]:
+    """Let `handler` take the signals that stop a process, where this thread may and they are not ignored.
+
+    Returns the handlers of before.
+    """
+    main_thread = threading.current_thread() is threading.main_thread()
+    numbers = [n for n in STOPPING if main_thread and signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+REFUSALS = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory was refused, on any device; the CPU's allocator raises a plain RuntimeError."""
+    named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return named or (isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSALS))
 
 
 def require_finite(**tensors: Tensor) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import tiktoken
 
 from minirlhf.files import write_json, write_text
-from minirlhf.runtime import UserError
+from minirlhf.runtime import UserError, require
 
 EOS = "<|endoftext|>"
 WORLD_FOLDER = Path(__file__).resolve().parent.parent / "data" / "world-vocabulary"
@@ -26,10 +26,6 @@ SPLIT_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++
 
 class TokenizerError(UserError, ValueError):
     """Files that are no tokenizer, or not this model's: what, where and how to fix it, in one line."""
-
-
-class MissingTokenizerError(UserError, FileNotFoundError):
-    """A folder without a tokenizer."""
 
 
 class DownloadError(UserError, ConnectionError):
@@ -58,11 +54,17 @@ def load(name_or_folder: str | Path) -> tiktoken.Encoding:
     "world": the shipped vocabulary of the embedded world. "bytes": the 256 bytes, id = byte. "gpt2": tiktoken's own,
     downloaded on first use. Anything else is a folder; write ./gpt2 for a folder of that name.
 
-    Raises MissingTokenizerError, TokenizerError for files that cannot be read or are not GPT-2's format, or, for
-    "gpt2" without a network, DownloadError.
+    Raises TokenizerError for files that are missing, cannot be read or are not GPT-2's format, or, for "gpt2" without
+    a network, DownloadError.
     """
     if name_or_folder == "gpt2":
-        return _load_gpt2()
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except (OSError, ValueError) as error:  # requests' errors are OSErrors; a damaged download is a ValueError
+            raise DownloadError(
+                "cannot download GPT-2's vocabulary: give a folder with encoder.json and vocab.bpe instead of 'gpt2', "
+                "or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it"
+            ) from error
     if name_or_folder == "bytes":
         return from_ranks("bytes", {bytes([byte]): byte for byte in range(256)})
     folder = WORLD_FOLDER if name_or_folder == "world" else Path(name_or_folder)
@@ -70,20 +72,10 @@ def load(name_or_folder: str | Path) -> tiktoken.Encoding:
         vocabulary, merges = folder / vocabulary_name, folder / merges_name
         if vocabulary.is_file() and merges.is_file():
             return from_ranks(str(name_or_folder), read_ranks(vocabulary, merges))
-    raise MissingTokenizerError(
+    raise TokenizerError(
         f"no tokenizer in {str(folder)!r}: it needs encoder.json and vocab.bpe, or vocab.json and merges.txt "
         f'(or give a name: "world", "gpt2", "bytes")'
     )
-
-
-def _load_gpt2() -> tiktoken.Encoding:
-    try:
-        return tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:  # requests' exceptions are OSErrors; a damaged download is a ValueError
-        raise DownloadError(
-            "cannot download GPT-2's vocabulary: give a folder with encoder.json and vocab.bpe instead of 'gpt2', "
-            "or set TIKTOKEN_CACHE_DIR to a folder where tiktoken has it"
-        ) from error
 
 
 def read_ranks(vocabulary: Path, merges: Path) -> dict[bytes, int]:
@@ -100,10 +92,10 @@ def read_ranks(vocabulary: Path, merges: Path) -> dict[bytes, int]:
     lines = _read_text(merges).removesuffix("\n").split("\n")
     if lines[0] == "" or lines[0].startswith("#version"):
         lines = lines[1:]
-    if not isinstance(ids, dict) or not all(type(index) is int for index in ids.values()):
-        raise TokenizerError(f"{vocabulary} must hold one JSON object, token to id")
-    if ids.pop(EOS, None) != len(ids):
-        raise TokenizerError(f"{vocabulary}: {EOS} must be there and have the last id, {len(ids)}")
+    numbered = isinstance(ids, dict) and all(type(index) is int for index in ids.values())
+    require(numbered, f"{vocabulary} must hold one JSON object, token to id", TokenizerError)
+    last = ids.pop(EOS, None) == len(ids)
+    require(last, f"{vocabulary}: {EOS} must be there and have the last id, {len(ids)}", TokenizerError)
     try:
         ranks = {bytes(byte_of[symbol] for symbol in token): index for token, index in ids.items()}
         pairs = [line.split(" ") for line in lines]
@@ -111,8 +103,9 @@ def read_ranks(vocabulary: Path, merges: Path) -> dict[bytes, int]:
     except (KeyError, ValueError) as error:
         raise TokenizerError(f"{vocabulary} and {merges} are not a byte-level BPE vocabulary: {error}") from error
     single = {token: index for token, index in ids.items() if len(token) == 1}
-    if sorted(single.values()) != list(range(256)) or single | expected != ids:
-        raise TokenizerError(f"{vocabulary}: ids must be those of the 256 bytes, then the merges of {merges} in order")
+    ordered = sorted(single.values()) == list(range(256)) and single | expected == ids
+    order = f"ids must be those of the 256 bytes, then the merges of {merges} in order"
+    require(ordered, f"{vocabulary}: {order}", TokenizerError)
     return ranks
 
 
@@ -129,11 +122,9 @@ def check_fits(encoding: tiktoken.Encoding, vocab_size: int, where: str | Path) 
     Trap: with too small a model a text without rare tokens trains for a while before the first id outside the embedding
     stops it, on a GPU without saying why. A larger one, padded to a round number, can sample an id that is no token.
     """
-    if encoding.n_vocab != vocab_size:
-        raise TokenizerError(
-            f"{where}: the tokenizer {encoding.name!r} has {encoding.n_vocab} ids, the model a vocabulary of "
-            f"{vocab_size}; give the tokenizer that the model was trained with"
-        )
+    both = f"the tokenizer {encoding.name!r} has {encoding.n_vocab} ids, the model a vocabulary of {vocab_size}"
+    advice = "give the tokenizer that the model was trained with"
+    require(encoding.n_vocab == vocab_size, f"{where}: {both}; {advice}", TokenizerError)
 
 
 def same_ids(one: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:

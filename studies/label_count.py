@@ -36,7 +36,7 @@ from trials import Trial, run_trials
 import train_reward
 from minirlhf import data, tokenizer
 from minirlhf.evaluate import evaluation
-from minirlhf.feedback import simulated
+from minirlhf.feedback import machine
 from minirlhf.feedback.tasks import Mode
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
@@ -89,8 +89,8 @@ def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     case, run, seed = Case(**settings["case"]), Path(settings["run"]), settings["seed"]
     labels = folder / "labels.jsonl"
     labels.unlink(missing_ok=True)
-    simulated.main(
-        simulated.Config(
+    machine.simulated(
+        machine.Simulated(
             candidates=run / "feedback" / "rankings.jsonl",
             output=labels,
             mode=case.mode,

@@ -38,7 +38,7 @@ from trials import Trial, run_trials
 import train_ppo
 import train_reward
 from minirlhf.evaluate import evaluation
-from minirlhf.feedback import simulated
+from minirlhf.feedback import machine
 from minirlhf.model import GPT
 from minirlhf.reward import RewardEnsemble, RewardModel
 
@@ -95,8 +95,8 @@ def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     case, run, seed = Case(**settings["case"]), Path(settings["run"]), settings["seed"]
     labels = folder / "labels.jsonl"
     if not labels.exists():
-        simulated.main(
-            simulated.Config(
+        machine.simulated(
+            machine.Simulated(
                 candidates=run / "feedback" / "rankings.jsonl",
                 output=labels,
                 pairs_per_prompt=1 if case.pairs <= 2000 else 3,  # there are 2,960 prompts, some with one answer alone

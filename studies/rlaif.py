@@ -32,7 +32,7 @@ import train_sft
 from minirlhf import data, tokenizer
 from minirlhf.encode import split_by_prompt
 from minirlhf.evaluate import evaluation
-from minirlhf.feedback import judge_model, pairs
+from minirlhf.feedback import machine, pairs
 from minirlhf.feedback.agreement import Share, order_bias
 from minirlhf.feedback.labels import Label, read_labels
 from minirlhf.files import write_records
@@ -97,10 +97,10 @@ def label(settings: Settings, model: Path, people: Path, name: str, **choices: o
     """What the judge in a folder says about the answers that people ranked."""
     output = settings.work / f"{name}.jsonl"
     output.unlink(missing_ok=True)
-    config = judge_model.Config(
+    config = machine.ByJudge(
         candidates=people, output=output, labeller=name, model=str(model), seed=settings.seed, device="cpu", **choices
     )
-    return read_labels(judge_model.main(config))
+    return read_labels(machine.judge_model(config))
 
 
 def against_the_world(labels: list[Label], prefers: Callable[[Label, int, int], float]) -> dict:

@@ -40,7 +40,7 @@ from minirlhf import data, tokenizer
 from minirlhf.batch import permutation
 from minirlhf.encode import Record
 from minirlhf.evaluate import evaluation
-from minirlhf.feedback.collect import collect
+from minirlhf.feedback.collect import collect, load_sources
 from minirlhf.files import write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
@@ -108,11 +108,10 @@ def pair(
     """
     if file.exists():
         return
-    policy = GPT.from_pretrained(work / stage / "model").eval().requires_grad_(False)
-    encoding = tokenizer.load(work / stage / "model")
-    sampling = {"candidates": settings.candidates, "max_new_tokens": NEW_TOKENS, "temperature": 1.0}
+    encoding, sources = load_sources((str(work / stage / "model"),), (1.0,), device="cpu")
+    sampling = {"count": settings.candidates, "rounds": 1, "max_new_tokens": NEW_TOKENS}
     pairs = []
-    for record in collect(policy, encoding, prompts, seed=settings.seed, **sampling):
+    for record in collect(sources, encoding, prompts, seed=settings.seed, **sampling):
         scores = scorer([record["prompt"] + response for response in record["responses"]])
         ends = [int(scores.argmax()), int(scores.argmin())]
         if scores[ends[0]] > scores[ends[1]]:

@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-from minirlhf.feedback.candidates import Candidates, read_candidates
 from minirlhf.feedback.label_file import LabelFile
+from minirlhf.feedback.labels import Candidates, read_candidates
 from minirlhf.feedback.session import Session
-from minirlhf.feedback.tasks import make_tasks
+from minirlhf.feedback.tasks import TaskConfig, make_tasks
 from minirlhf.files import write_records
 
 
@@ -57,13 +57,8 @@ def session_on(
 ) -> Session:
     """A session on a file of labels that stays open; the candidates are made where there are none yet."""
     file = folder / "candidates.jsonl"
-    candidates = read_candidates(file) if file.exists() else write_candidates(file, prompts, count)
-    tasks = make_tasks(
-        candidates,
-        mode="pairs" if count == 2 else "rankings",
-        pairs_per_prompt=1,
-        repeat_share=repeats,
-        labeller=labeller,
-        seed=0,
-    )
+    if not file.exists():
+        write_candidates(file, prompts, count)
+    mode = "pairs" if count == 2 else "rankings"
+    tasks = make_tasks(TaskConfig(candidates=file), labeller, mode=mode, repeat_share=repeats)
     return Session(tasks, LabelFile(folder / "labels.jsonl"), labeller=labeller, clock=Clock())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,11 +12,12 @@ from tiny import ENCODING, EOS
 
 from minirlhf import tokenizer
 from minirlhf.encode import encode_prompt
-from minirlhf.feedback import candidates
-from minirlhf.feedback.candidates import Source, read_candidates, sample_candidates
+from minirlhf.feedback import collect as command
+from minirlhf.feedback.collect import Source, collect
+from minirlhf.feedback.labels import read_candidates
 from minirlhf.files import file_hash, write_records
 from minirlhf.generate import generate
-from minirlhf.model import GPT
+from minirlhf.model import GPT, GPTConfig
 from minirlhf.runtime import Stream, UserError
 from minirlhf.tokenizer import response_text
 
@@ -32,7 +32,7 @@ def sources() -> list[Source]:
 def test_answers_come_in_turn_from_every_source_without_duplicates() -> None:
     """Against the definition: draw n from source n mod 4 in the stream of its key, the first of equal texts kept."""
     prompts, made = tiny.PROMPTS[:12], sources()
-    records = sample_candidates(made, ENCODING, prompts, count=3, rounds=2, **SETTINGS)
+    records = collect(made, ENCODING, prompts, count=3, rounds=2, **SETTINGS)
     refilled = set()
     for i, (prompt, record) in enumerate(zip(prompts, records, strict=True)):
         distinct: dict[str, tuple] = {}
@@ -57,12 +57,12 @@ def test_answers_come_in_turn_from_every_source_without_duplicates() -> None:
 
 def test_a_prompts_answers_depend_on_no_other_prompts_duplicates() -> None:
     made = sources()
-    several = sample_candidates(made, ENCODING, tiny.PROMPTS[:4], count=3, rounds=3, **SETTINGS)
-    assert sample_candidates(made, ENCODING, tiny.PROMPTS[:1], count=3, rounds=3, **SETTINGS) == several[:1]
+    several = collect(made, ENCODING, tiny.PROMPTS[:4], count=3, rounds=3, **SETTINGS)
+    assert collect(made, ENCODING, tiny.PROMPTS[:1], count=3, rounds=3, **SETTINGS) == several[:1]
 
 
-def config(run: Path, **changes: object) -> candidates.Config:
-    base = candidates.Config(run=run, prompts=str(run / "train.jsonl"), max_new_tokens=6, device="cpu")
+def config(run: Path, **changes: object) -> command.Config:
+    base = command.Config(run=run, prompts=str(run / "train.jsonl"), max_new_tokens=6, device="cpu")
     return replace(base, **changes)
 
 
@@ -73,7 +73,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_the_command_keeps_where_answers_come_from(run: Path, capsys: pytest.CaptureFixture) -> None:
     policies = tuple(str(run / name / "model") for name in ("sft", "dpo"))
-    file = candidates.main(config(run, policies=policies, temperatures=(0.7, 1.5), max_prompts=7, split="[2:]"))
+    file = command.main(config(run, policies=policies, temperatures=(0.7, 1.5), max_prompts=7, split="[2:]"))
     assert file == run / "labels" / "candidates.jsonl"
     records = [json.loads(line) for line in file.read_text().splitlines()]
     assert [r["prompt"] for r in records] == tiny.PROMPTS[2:9]
@@ -89,29 +89,31 @@ def test_the_command_keeps_where_answers_come_from(run: Path, capsys: pytest.Cap
     assert [c.responses for c in read_candidates(file)] == [tuple(r["responses"]) for r in records]
     assert "7 prompts" in capsys.readouterr().out
     with pytest.raises(UserError, match="exists already"):
-        candidates.main(config(run))
+        command.main(config(run))
 
 
 def test_prompts_with_a_single_answer_are_left_out_and_said(run: Path, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(UserError, match="the same answer each time; raise --temperatures or --rounds"):
-        candidates.main(config(run, temperatures=(0.0,)))
+        command.main(config(run, temperatures=(0.0,)))
     assert not (run / "labels").exists()
-    candidates.main(config(run, temperatures=(0.0, 0.3), candidates=2, rounds=1))
+    command.main(config(run, temperatures=(0.0, 0.3), candidates=2, rounds=1))
     kept = len(read_candidates(run / "labels" / "candidates.jsonl"))
     assert 0 < kept < 20 and f"{20 - kept} prompts with a single distinct answer left out" in capsys.readouterr().out
 
 
 def test_models_with_other_tokenizers_are_refused(run: Path) -> None:
     other = run / "other"
-    shutil.copytree(run / "sft" / "model", other)
-    tokenizer.save(tokenizer.load("bytes"), other)
+    spelled = tokenizer.load("bytes")
+    size = {"n_positions": 96, "n_layer": 1, "n_head": 1, "n_embd": 4}
+    GPT(GPTConfig(vocab_size=spelled.n_vocab, **size)).save_pretrained(other)
+    tokenizer.save(spelled, other)
     with pytest.raises(UserError, match="other: has another tokenizer"):
-        candidates.main(config(run, policies=(str(run / "sft" / "model"), str(other))))
+        command.main(config(run, policies=(str(run / "sft" / "model"), str(other))))
 
 
 def test_prompts_too_long_for_the_model_are_cut(run: Path, capsys: pytest.CaptureFixture) -> None:
     write_records(run / "long.jsonl", [{"prompt": f"\n\nHuman: {'lion ' * 200}?\n\nAssistant:"}])
-    (record,) = read_candidates(candidates.main(config(run, prompts=str(run / "long.jsonl"), temperatures=(1.5,))))
+    (record,) = read_candidates(command.main(config(run, prompts=str(run / "long.jsonl"), temperatures=(1.5,))))
     assert len(record.responses) >= 2 and "lost the start of their prompt" in capsys.readouterr().out
 
 
@@ -121,10 +123,10 @@ def test_prompts_too_long_for_the_model_are_cut(run: Path, capsys: pytest.Captur
 )
 def test_settings_out_of_range(changes: dict, words: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=words):
-        candidates.main(config(tmp_path, **changes))
+        command.main(config(tmp_path, **changes))
 
 
 def test_the_real_prompts(real_data: Path, run: Path) -> None:
     prompts = str(real_data / "prompts" / "oasst-en-prompts.jsonl")
-    file = candidates.main(config(run, prompts=prompts, split="[:8]", temperatures=(1.5,), candidates=2))
+    file = command.main(config(run, prompts=prompts, split="[:8]", temperatures=(1.5,), candidates=2))
     assert all(c.prompt.startswith("\n\nHuman: ") for c in read_candidates(file))

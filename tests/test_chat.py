@@ -17,7 +17,7 @@ import tiny
 import torch
 from test_generate import EOS, lively, responses, some_prompts
 
-from minirlhf import chat, dialogue, tokenizer
+from minirlhf import chat, tokenizer
 from minirlhf.encode import encode_prompt
 from minirlhf.generate import generate, stream
 from minirlhf.model import GPT, GPTConfig
@@ -94,7 +94,7 @@ def test_a_stream_refuses_what_generate_refuses() -> None:
 # ------------------------------------------------------------------------------------------------------------- a reply
 def test_a_character_of_several_tokens_is_shown_when_it_is_whole() -> None:
     encoding = tokenizer.load("bytes")
-    reply, shown = dialogue.Reply(encoding), []
+    reply, shown = chat.Reply(encoding), []
     for byte in " né".encode():
         reply.add(byte)
         shown.append(reply.shown)
@@ -107,7 +107,7 @@ def test_a_character_of_several_tokens_is_shown_when_it_is_whole() -> None:
 
 def test_a_reply_ends_where_the_model_speaks_for_the_human() -> None:
     encoding = tokenizer.load("bytes")
-    reply, seen = dialogue.Reply(encoding), []
+    reply, seen = chat.Reply(encoding), []
     for byte in b" Yes.\n\nHum and more\n\nHuman:":
         reply.add(byte)
         seen.append(reply.shown)
@@ -118,7 +118,7 @@ def test_a_reply_ends_where_the_model_speaks_for_the_human() -> None:
 
 
 def test_what_was_held_back_is_shown_at_the_end() -> None:
-    reply = dialogue.Reply(tokenizer.load("bytes"))
+    reply = chat.Reply(tokenizer.load("bytes"))
     for byte in b"a\n\nHum":
         reply.add(byte)
     assert reply.shown == "a"
@@ -127,7 +127,7 @@ def test_what_was_held_back_is_shown_at_the_end() -> None:
 
 
 def test_a_reply_cannot_steer_the_terminal() -> None:
-    reply = dialogue.Reply(tokenizer.load("bytes"))
+    reply = chat.Reply(tokenizer.load("bytes"))
     for byte in b"\x1b[2Jx":
         reply.add(byte)
     assert reply.shown == "\ufffd[2Jx"
@@ -157,7 +157,7 @@ def prompts_asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[list[int], floa
         asked.append((list(prompt), settings["temperature"]))
         return stream(model, prompt, **settings)
 
-    monkeypatch.setattr(dialogue, "stream", watched)
+    monkeypatch.setattr(chat, "stream", watched)
     return asked
 
 
@@ -175,7 +175,7 @@ def test_a_long_dialogue_loses_its_start(run: Path, monkeypatch: pytest.MonkeyPa
 
 def test_kept_turns_are_the_last_ones() -> None:
     turns = [(f"\n\n{who}:", f"{who[0]}{n}") for n in range(3) for who in ("Human", "Assistant")]
-    speaker = dialogue.Speaker("m", None, ENCODING, LIMIT, turns)
+    speaker = chat.Speaker("m", None, ENCODING, LIMIT, turns)
     last = "\n\nHuman: H2\n\nAssistant: A2"
     assert speaker.prompt("q", 1) == f"{last}\n\nHuman: q\n\nAssistant:"
     assert speaker.prompt("q", 0) == "\n\nHuman: q\n\nAssistant:"
@@ -231,7 +231,7 @@ def press_during(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
             yield tokenizer.encode(ENCODING, " bear")[0]
         yield tiny.EOS
 
-    monkeypatch.setattr(dialogue, "stream", interrupted)
+    monkeypatch.setattr(chat, "stream", interrupted)
 
 
 def test_ctrl_c_stops_the_reply_and_not_the_program(run: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:

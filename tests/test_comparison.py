@@ -23,11 +23,10 @@ from minirlhf.encode import Record, encode_prompt
 from minirlhf.evaluate import __main__ as evaluate
 from minirlhf.evaluate import comparison, evaluation
 from minirlhf.evaluate.comparison import table
-from minirlhf.evaluate.judges import JudgeModel, ModelFolder, RewardScorer, Sampled
+from minirlhf.evaluate.judges import JudgeModel, ModelFolder, RewardScorer, Sampled, comparison_text
 from minirlhf.evaluate.statistics import bootstrap_interval
 from minirlhf.evaluate.texts import RUDE_WORDS, WordList, distinct_n, self_overlap
 from minirlhf.evaluate.win_rate import length_controlled
-from minirlhf.feedback.judge_model import comparison_text
 from minirlhf.files import write_records
 from minirlhf.generate import generate
 from minirlhf.hf import folder

@@ -68,10 +68,12 @@ def test_the_sources_are_all_that_the_result_depends_on(
     monkeypatch.chdir(tmp_path)
     own, other = tmp_path / "reward" / "model", tmp_path / "other"
     shutil.copytree(own, other)
-    with_all = replace(config, ensemble=(str(other),), reward=("brief_env:f",), reward_model=str(own))
+    functions = ("brief_env:f", "minirlhf.rewards:arithmetic")
+    with_all = replace(config, ensemble=(str(other),), reward=functions, reward_model=str(own))
     found = reward_functions.find_sources(with_all)
     assert list(map(Path, found.models)) == [tmp_path / "sft" / "model", own, other]
-    assert found.files == [tmp_path / "asked.jsonl", tmp_path / "brief_env.py"]
+    modules = (tmp_path / "brief_env.py", Path(reward_functions.__file__))
+    assert found.files == (tmp_path / "asked.jsonl", *modules)
     assert list(reward_functions.read_environment(with_all, found).shapes) == list(found.models)
     # A function alone, or with an ensemble: the run's own reward model is not asked unless it is named.
     assert reward_functions.find_sources(replace(with_all, ensemble=(), reward_model=None)).reward_models == ()

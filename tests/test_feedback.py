@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from dataclasses import replace
@@ -18,7 +17,8 @@ from minirlhf.batch import Example, pad
 from minirlhf.config import run_script
 from minirlhf.encode import encode_prompt
 from minirlhf.feedback import __main__ as feedback
-from minirlhf.feedback.collect import collect, reencoded_differently
+from minirlhf.feedback import collect as collecting
+from minirlhf.feedback.collect import Source, collect, reencoded_differently
 from minirlhf.files import file_hash
 from minirlhf.generate import Samples, generate
 from minirlhf.model import GPT
@@ -28,15 +28,18 @@ from minirlhf.tokenizer import response_text
 from minirlhf.world import Labeller
 from minirlhf.world.zoo import dialogue
 
-collecting = importlib.import_module("minirlhf.feedback.collect")  # the module, which has the name of its function
-
 
 def sft() -> GPT:
     return GPT.from_pretrained(tiny.finished_run() / "sft" / "model")
 
 
+def source(policy: GPT, temperature: float) -> Source:
+    return Source("", policy, "", temperature)
+
+
 def test_candidates_are_those_of_each_prompts_own_streams() -> None:
-    records = collect(sft(), ENCODING, tiny.PROMPTS[:4], candidates=3, max_new_tokens=6, temperature=0.7, seed=5)
+    settings = {"count": 3, "rounds": 1, "max_new_tokens": 6, "seed": 5}
+    records = collect([source(sft(), 0.7)], ENCODING, tiny.PROMPTS[:4], **settings)
     for i, record in enumerate(records):
         alone = generate(
             sft(),
@@ -60,14 +63,10 @@ def test_equal_texts_are_kept_once_with_the_ids_that_came_first(monkeypatch: pyt
     batch = pad([Example([1], ids) for ids in sampled])
     samples = Samples(batch.tokens, batch.prompt_lengths, batch.lengths, torch.zeros(8, 5), torch.zeros(8) > 0)
     monkeypatch.setattr(collecting, "generate", lambda *args, **kwargs: samples)
-    settings = {"candidates": 4, "max_new_tokens": 9, "temperature": 1.0, "seed": 0}
-    first, second = collect(None, ENCODING, ["a", "b"], **settings)
-    assert first == {
-        "prompt": "a",
-        "responses": [" Yes", " Yes Yes"],
-        "response_ids": [[*pieces, EOS], [yes, yes]],
-    }
-    assert second == {"prompt": "b", "responses": [" Yes"], "response_ids": [[yes, EOS]]}
+    settings = {"count": 4, "rounds": 1, "max_new_tokens": 9, "seed": 0}
+    first, second = collect([source(sft(), 1.0)], ENCODING, ["a", "b"], **settings)
+    assert first["responses"] == [" Yes", " Yes Yes"] and first["response_ids"] == [[*pieces, EOS], [yes, yes]]
+    assert second["responses"] == [" Yes"] and second["response_ids"] == [[yes, EOS]]
     assert reencoded_differently(ENCODING, first) == 1 and reencoded_differently(ENCODING, second) == 0
 
 
@@ -95,19 +94,19 @@ def test_rankings_are_those_of_the_labeller_with_these_settings(settings: dict, 
         seed=config.seed,
     )
     candidates = collect(
-        sft(),
+        [source(sft(), config.temperature)],
         ENCODING,
         tiny.PROMPTS[: config.max_prompts],
-        candidates=3,
+        count=3,
+        rounds=1,
         max_new_tokens=tiny.LONGEST,
-        temperature=config.temperature,
         seed=config.seed,
     )
     written = iter(data.load(file, "pairs"))
     for number, expected in enumerate(candidates):
         if len(expected["responses"]) > 1:
             record = next(written)
-            assert {name: record[name] for name in expected} == expected
+            assert all(record[name] == expected[name] for name in ("prompt", "responses", "response_ids"))
             assert record["ranks"] == labeller.rank(record["prompt"], record["responses"], key=number)
             assert record["seed"] == config.seed and record["temperature"] == config.temperature
             assert record["policy"] == file_hash(run / "sft" / "model" / "model.safetensors")

@@ -22,10 +22,10 @@ FLOORS = [
     {"comparisons", "generate"},
     {"encode", "reward"},
     {"data", "runs"},
-    {"reward_functions", "rollout", "ptx"},
+    {"reward_functions", "rollout"},
+    {"evaluate"},  # its judges label, too
     {"feedback"},
-    {"evaluate"},
-    {"report", "rejection", "dialogue"},
+    {"report", "rejection"},
     {"chat", "online_dpo"},
     {"train_sft", "train_reward", "train_ppo", "train_dpo"},
     {"__main__"},

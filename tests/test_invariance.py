@@ -131,6 +131,7 @@ def rollout_of(rows: list[int]) -> Rollout:
         values=part["values"],
         scores=numbers(24, seed=9)[rows],
         sampling_gap=torch.zeros(len(rows)),
+        groups=torch.arange(len(rows)),
     )
 
 

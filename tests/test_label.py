@@ -16,10 +16,10 @@ import tiny
 from labelling import session_on, write_candidates
 
 import train_reward
-from minirlhf.feedback import candidates, label, terminal
+from minirlhf.feedback import collect, label, terminal
 from minirlhf.feedback.label_file import LabelFile
 from minirlhf.feedback.labels import Label, read_labels
-from minirlhf.feedback.tasks import make_tasks
+from minirlhf.feedback.tasks import TaskConfig, make_tasks
 from minirlhf.files import write_records
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import UserError
@@ -30,9 +30,9 @@ killing = labelling.benchmark("kill_labelling")
 
 # --------------------------------------------------------------------------------------------------------------- tasks
 def tasks_of(folder: Path, *, prompts: int, count: int = 2, **changes) -> list:
-    made = write_candidates(folder / "c.jsonl", prompts, count)
-    settings = {"mode": "pairs", "pairs_per_prompt": 1, "repeat_share": 0.1, "labeller": "anna", "seed": 0}
-    return make_tasks(made, **{**settings, **changes})
+    write_candidates(folder / "c.jsonl", prompts, count)
+    config = TaskConfig(candidates=folder / "c.jsonl", pairs_per_prompt=changes.pop("pairs_per_prompt", 1))
+    return make_tasks(config, **{"labeller": "anna", "repeat_share": 0.1, **changes})
 
 
 def test_one_item_in_ten_is_asked_again_the_other_way_round(tmp_path: Path) -> None:
@@ -218,8 +218,8 @@ def a_label(number: int) -> Label:
 
 def test_every_label_is_synced_before_the_next_question(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes, fsync = [], os.fsync
-    monkeypatch.setattr(os, "fsync", lambda d: (fsync(d), sizes.append(os.fstat(d).st_size)))
     with LabelFile(tmp_path / "l.jsonl") as file:
+        monkeypatch.setattr(os, "fsync", lambda d: (fsync(d), sizes.append(os.fstat(d).st_size)))
         for n in range(3):
             file.append(a_label(n))
             assert sizes[-1] == (tmp_path / "l.jsonl").stat().st_size and len(sizes) == n + 1
@@ -235,7 +235,7 @@ def test_a_torn_line_is_cut_off_and_a_whole_one_is_kept(tmp_path: Path, capsys: 
         path.write_bytes(line + line[:size])
         with LabelFile(path) as file:
             assert len(file.labels) == 1
-            assert "cut off" in capsys.readouterr().out and path.read_bytes() == line
+            assert "cut off" in capsys.readouterr().err and path.read_bytes() == line
     path.write_bytes(line[:-1])
     with LabelFile(path) as file:
         file.append(a_label(1))
@@ -248,13 +248,10 @@ def test_a_full_disk_loses_no_saved_label(tmp_path: Path, monkeypatch: pytest.Mo
         file.append(a_label(0))
         before = path.read_bytes()
 
-        def full(descriptor: int, content: bytes) -> int:
-            if len(content) < 60:
-                raise OSError(28, "No space left on device")
-            return write(descriptor, content[:50])
+        def full(descriptor: int) -> None:
+            raise OSError(28, "No space left on device")
 
-        write = os.write
-        monkeypatch.setattr(os, "write", full)
+        monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(UserError, match="the label was not saved .No space left"):
             file.append(a_label(1))
         assert path.read_bytes() == before and len(file.labels) == 1
@@ -262,7 +259,7 @@ def test_a_full_disk_loses_no_saved_label(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_two_processes_cannot_write_to_one_file(tmp_path: Path) -> None:
     with LabelFile(tmp_path / "l.jsonl"):
-        with pytest.raises(UserError, match="another process is labelling"):
+        with pytest.raises(UserError, match="is writing there; wait for its end or give another --output"):
             LabelFile(tmp_path / "l.jsonl")
     LabelFile(tmp_path / "l.jsonl").close()
 
@@ -326,7 +323,7 @@ def test_without_a_terminal_it_says_so(tmp_path: Path, monkeypatch: pytest.Monke
 def test_twenty_labels_from_the_keyboard_train_a_reward_model(tmp_path: Path) -> None:
     run = tiny.copy_of(tiny.finished_run(), tmp_path / "run", "sft")
     settings = {"prompts": str(run / "train.jsonl"), "candidates": 2, "max_new_tokens": 8, "device": "cpu"}
-    candidates.main(candidates.Config(run=run, **settings))
+    collect.main(collect.Config(run=run, **settings))
     keys = "12t1b\x1b[C1" + "nfoo\r" + "1u2" + "121s21212121" + "q"  # 20 labels, one of them taken back and given anew
     leader, follower = pty.openpty()
     command = [sys.executable, "-m", "minirlhf.feedback", "label", "--run", str(run)]

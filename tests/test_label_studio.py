@@ -11,9 +11,8 @@ from labelling import write_candidates
 
 from minirlhf import data
 from minirlhf.data.formats import message_prompt
-from minirlhf.feedback.candidates import Candidates
 from minirlhf.feedback.label_studio import ExportConfig, ImportConfig, export_tasks, import_labels, read_export
-from minirlhf.feedback.labels import Label, item_id, read_labels
+from minirlhf.feedback.labels import Candidates, Label, item_id, read_labels
 from minirlhf.feedback.tasks import Task
 from minirlhf.runtime import UserError
 

@@ -12,8 +12,7 @@ import pytest
 
 from minirlhf.config import run_script
 from minirlhf.feedback import pairs, stats
-from minirlhf.feedback.candidates import Candidates, read_candidates
-from minirlhf.feedback.labels import Label, item_id, read_labels
+from minirlhf.feedback.labels import Candidates, Label, item_id, read_candidates, read_labels
 from minirlhf.runtime import UserError
 
 GOOD = {
@@ -100,7 +99,7 @@ def test_the_commands_exit_with_2(command, tmp_path: Path, capsys, monkeypatch: 
     write(path, {"ranks": [0, 2]})
     monkeypatch.setattr(sys, "argv", ["x", "--labels", str(path), "--output", str(tmp_path / "o")])
     with pytest.raises(SystemExit) as stop:
-        run_script(command.main, command.PRESETS)
+        run_script(command.main, {"": command.Config()})
     error = capsys.readouterr().err
     assert stop.value.code == 2 and error.startswith(f"error: {path}:2: ") and error.count("\n") == 1
     assert not (tmp_path / "o").exists()

@@ -16,13 +16,14 @@ import train_sft
 from minirlhf import data, tokenizer
 from minirlhf.batch import Example, pad
 from minirlhf.encode import encode_example, encode_prompt
-from minirlhf.feedback import judge_model, machine, pairs, reward_labeller, simulated, stats
+from minirlhf.evaluate import judges
+from minirlhf.evaluate.judges import comparison_text
+from minirlhf.feedback import machine, pairs, stats
 from minirlhf.feedback.agreement import order_bias
-from minirlhf.feedback.candidates import read_candidates
-from minirlhf.feedback.judge_model import comparison_text, worked_comparisons
-from minirlhf.feedback.labels import Label, read_labels
-from minirlhf.feedback.machine import Opinion, label_by_machine, opinion_of
-from minirlhf.feedback.tasks import make_tasks
+from minirlhf.feedback.labels import Candidates, Label, read_labels
+from minirlhf.feedback.machine import by_orders, label_by_machine
+from minirlhf.feedback.pairs import worked_comparisons
+from minirlhf.feedback.tasks import Task, make_tasks
 from minirlhf.files import write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
@@ -45,27 +46,27 @@ def test_the_questions_are_those_that_people_are_asked(candidates: Path, tmp_pat
 
     def ask(tasks):
         seen.extend(tasks)
-        return [Opinion((0, 1)) for _ in tasks]
+        return [task.label("m", (0, 1)) for task in tasks]
 
-    config = machine.Config(
+    config = machine.MachineConfig(
         candidates=candidates, output=tmp_path / "m.jsonl", labeller="m", pairs_per_prompt=2, seed=5
     )
-    label_by_machine(config, "pairs", ask)
-    people = make_tasks(
-        read_candidates(candidates), mode="pairs", pairs_per_prompt=2, repeat_share=0.1, labeller="anna", seed=5
-    )
+    label_by_machine(config, ask)
+    people = make_tasks(config, "anna", repeat_share=0.1)
     assert {task.key for task in seen} == {task.key for task in people if not task.repeat}
     assert len(seen) == 24 and len({task.shown for task in seen}) == 2
 
 
-def test_opinions_become_labels(candidates: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    said = [Opinion((0, 1)), Opinion((1, 0), scores=(1.5, 2.0)), Opinion((0, 0)), Opinion(None)]
+def test_what_a_machine_says_is_written_as_labels(candidates: Path, tmp_path: Path, capsys) -> None:
+    ranks = [(0, 1), (1, 0), (0, 0), None]
 
     def ask(tasks):
-        return [replace(opinion, orders=(0.75, 0.5)) if opinion.scores else opinion for opinion in said]
+        labels = [task.label("m", said) for task, said in zip(tasks, ranks, strict=True)]
+        labels[1] = replace(labels[1], scores=(1.5, 2.0), orders=(0.75, 0.5))
+        return labels
 
-    config = machine.Config(candidates=candidates, output=tmp_path / "m.jsonl", labeller="m", max_items=4)
-    label_by_machine(config, "pairs", ask)
+    config = machine.MachineConfig(candidates=candidates, output=tmp_path / "m.jsonl", labeller="m", max_items=4)
+    label_by_machine(config, ask)
     first, second, third, fourth = read_labels(tmp_path / "m.jsonl")
     assert first.verdict == ("left" if first.shown[0] == 0 else "right") and first.ranks == (0, 1)
     assert second.verdict == ("left" if second.shown[0] == 1 else "right") and second.ranks == (1, 0)
@@ -73,14 +74,18 @@ def test_opinions_become_labels(candidates: Path, tmp_path: Path, capsys: pytest
     assert (third.verdict, fourth.verdict) == ("tie", "skip") and {x.labeller for x in (first, fourth)} == {"m"}
     assert "4 labels, 1 of them skips" in capsys.readouterr().out
     with pytest.raises(UserError, match="m.jsonl: exists already"):
-        label_by_machine(config, "pairs", ask)
+        label_by_machine(config, ask)
 
 
 def test_rankings_have_their_verdict(candidates: Path, tmp_path: Path) -> None:
-    config = machine.Config(candidates=candidates, output=tmp_path / "m.jsonl", max_items=2)
-    label_by_machine(config, "rankings", lambda tasks: [Opinion((2, 0, 1)), Opinion((0, 0, 0))])
+    config = machine.MachineConfig(candidates=candidates, output=tmp_path / "m.jsonl", max_items=2, mode="rankings")
+    label_by_machine(config, lambda tasks: [tasks[0].label("m", (2, 0, 1)), tasks[1].label("m", (0, 0, 0))])
     ranked, tie = read_labels(tmp_path / "m.jsonl")
     assert (ranked.verdict, ranked.ranks, tie.verdict) == ("ranked", (2, 0, 1), "tie")
+
+
+def task(*shown: int) -> Task:
+    return Task(Candidates("p", tuple(f" {i}" for i in range(len(shown)))), shown)
 
 
 @pytest.mark.parametrize(
@@ -94,17 +99,18 @@ def test_rankings_have_their_verdict(candidates: Path, tmp_path: Path) -> None:
     ],
 )
 def test_both_orders_are_averaged(orders: tuple, margin: float, ranks: tuple) -> None:
-    assert opinion_of([orders], (1, 0), tie_margin=margin) == Opinion(ranks, orders=orders)
+    label = by_orders(machine.ByJudge(tie_margin=margin), task(1, 0), [orders])
+    assert (label.ranks, label.orders, label.scores) == (ranks, orders, None)
 
 
 def test_a_ranking_is_by_the_sum_over_all_pairs() -> None:
     # places 0, 1, 2 show responses 2, 0, 1; P(0 beats 1) = 0.9, P(0 beats 2) = 0.4, P(1 beats 2) = 0.52
     orders = [(0.9, 0.1), (0.5, 0.7), (0.52, 0.48)]
     # places: 0.9 + 0.4 = 1.3, 0.1 + 0.52 = 0.62, 0.6 + 0.48 = 1.08
-    found = opinion_of(orders, (2, 0, 1), tie_margin=0.0)
+    found = by_orders(machine.ByJudge(), task(2, 0, 1), orders)
     assert found.ranks == (2, 1, 0) and found.orders is None
     assert found.scores == pytest.approx((0.31, 0.54, 0.65))
-    tied = opinion_of([(0.5, 0.5), (0.9, 0.1), (0.9, 0.1)], (2, 0, 1), tie_margin=0.1)
+    tied = by_orders(machine.ByJudge(tie_margin=0.1), task(2, 0, 1), [(0.5, 0.5), (0.9, 0.1), (0.9, 0.1)])
     assert tied.ranks == (0, 1, 0)
 
 
@@ -123,8 +129,8 @@ def test_a_judge_that_always_takes_the_first_has_no_preference_and_is_found_out(
 # ----------------------------------------------------------------------------------------------------------- labellers
 def test_simulated_people_with_their_settings(candidates: Path, tmp_path: Path) -> None:
     settings = {"temperature": 0.0, "noise": 0.4, "length_bias": 0.05, "seed": 4}
-    output = simulated.main(
-        simulated.Config(candidates=candidates, output=tmp_path / "s.jsonl", mode="rankings", **settings)
+    output = machine.simulated(
+        machine.Simulated(candidates=candidates, output=tmp_path / "s.jsonl", mode="rankings", **settings)
     )
     people = Labeller(**settings)
     labels = read_labels(output)
@@ -138,17 +144,17 @@ def test_simulated_people_with_their_settings(candidates: Path, tmp_path: Path) 
 def test_other_prompts_than_the_worlds_are_refused(tmp_path: Path) -> None:
     write_records(tmp_path / "c.jsonl", [{"prompt": "Hello?", "responses": [" Yes.", " No."]}])
     with pytest.raises(UserError, match="--by simulated: not a prompt of the zoo: 'Hello[?]'"):
-        simulated.main(simulated.Config(candidates=tmp_path / "c.jsonl", output=tmp_path / "s.jsonl"))
+        machine.simulated(machine.Simulated(candidates=tmp_path / "c.jsonl", output=tmp_path / "s.jsonl"))
     assert not (tmp_path / "s.jsonl").exists()
 
 
 def test_a_reward_model_ranks_by_its_score(candidates: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reward_labeller, "TASKS", 5)  # 12 tasks in 3 parts
+    monkeypatch.setattr(machine, "TASKS", 5)  # 12 tasks in 3 parts
     run = tiny.finished_run()
-    config = reward_labeller.Config(
+    config = machine.ByReward(
         run=run, candidates=candidates, output=tmp_path / "r.jsonl", mode="rankings", device="cpu"
     )
-    labels = read_labels(reward_labeller.main(replace(config, micro_batch_tokens=64)))
+    labels = read_labels(machine.reward_model(replace(config, micro_batch_tokens=64)))
     model = RewardModel.from_pretrained(run / "reward" / "model")
     for found in labels:
         scores = []
@@ -166,8 +172,8 @@ def test_a_reward_model_scores_ids_as_they_were_sampled_and_skips_what_does_not_
     long = {"prompt": PROMPTS[1], "responses": [" Yes.", " No" * 100]}
     write_records(tmp_path / "c.jsonl", [row, long])
     run = tiny.finished_run()
-    config = reward_labeller.Config(run=run, candidates=tmp_path / "c.jsonl", output=tmp_path / "r.jsonl", device="cpu")
-    by_prompt = {found.prompt: found for found in read_labels(reward_labeller.main(config))}
+    config = machine.ByReward(run=run, candidates=tmp_path / "c.jsonl", output=tmp_path / "r.jsonl", device="cpu")
+    by_prompt = {found.prompt: found for found in read_labels(machine.reward_model(config))}
     assert by_prompt[PROMPTS[1]].verdict == "skip"
     model = RewardModel.from_pretrained(run / "reward" / "model")
     prompt = encode_prompt(ENCODING, PROMPTS[0])
@@ -189,9 +195,9 @@ def share_of_a(model: GPT, text: str) -> float:
 
 
 def test_a_judge_model_is_asked_in_both_orders(candidates: Path, tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(judge_model, "TASKS", 5)  # 12 tasks in 3 parts
+    monkeypatch.setattr(judges, "QUESTIONS", 10)  # 24 questions in 3 parts
     folder = tiny.finished_run() / "sft" / "model"
-    config = judge_model.Config(
+    config = machine.ByJudge(
         candidates=candidates,
         output=tmp_path / "j.jsonl",
         model=str(folder),
@@ -199,7 +205,7 @@ def test_a_judge_model_is_asked_in_both_orders(candidates: Path, tmp_path: Path,
         micro_batch_tokens=128,
         device="cpu",
     )
-    labels = read_labels(judge_model.main(config))
+    labels = read_labels(machine.judge_model(config))
     model = GPT.from_pretrained(folder)
     assert len(labels) == 12
     for found in labels:
@@ -211,12 +217,12 @@ def test_a_judge_model_is_asked_in_both_orders(candidates: Path, tmp_path: Path,
             model, f"\n\nHuman: Judge. {found.prompt}\n\n[A]{second}\n\n[B]{first}\n\nBetter: [\n\nAssistant:"
         )
         assert found.orders == pytest.approx((q, back), abs=1e-5)  # float32 in another batch
-        assert found.ranks == opinion_of([found.orders], found.shown, tie_margin=0.0).ranks
+        assert found.ranks == by_orders(config, task(*found.shown), [found.orders]).ranks
 
 
 def test_a_judge_model_ranks_from_all_pairs(candidates: Path, tmp_path: Path) -> None:
     folder = tiny.finished_run() / "sft" / "model"
-    config = judge_model.Config(
+    config = machine.ByJudge(
         candidates=candidates,
         output=tmp_path / "j.jsonl",
         mode="rankings",
@@ -225,7 +231,7 @@ def test_a_judge_model_ranks_from_all_pairs(candidates: Path, tmp_path: Path) ->
         device="cpu",
     )
     model = GPT.from_pretrained(folder)
-    for found in read_labels(judge_model.main(config)):
+    for found in read_labels(machine.judge_model(config)):
         for i, score in enumerate(found.scores):
             mine, rest = found.responses[i], [text for text in found.responses if text != found.responses[i]]
             shares = [
@@ -240,10 +246,10 @@ def test_a_comparison_too_long_for_the_judge_loses_its_start(tmp_path: Path, cap
     folder = tiny.finished_run() / "sft" / "model"
     long = PROMPTS[0].replace("Human:", "Human:" + " please" * 90)
     write_records(tmp_path / "c.jsonl", [{"prompt": long, "responses": [" Yes.", " No."]}])
-    config = judge_model.Config(
+    config = machine.ByJudge(
         candidates=tmp_path / "c.jsonl", output=tmp_path / "j.jsonl", model=str(folder), device="cpu"
     )
-    (found,) = read_labels(judge_model.main(config))
+    (found,) = read_labels(machine.judge_model(config))
     assert "2 comparisons lost their start to fit the judge's 96 tokens" in capsys.readouterr().out
     model, verdicts = GPT.from_pretrained(folder), [tokenizer.encode(ENCODING, v) for v in (" A", " B")]
     first, second = (found.responses[i] for i in found.shown)
@@ -286,8 +292,8 @@ def test_labels_train_a_judge_that_labels(tmp_path: Path) -> None:
     verdicts = [tokenizer.encode(ENCODING, verdict) for verdict in (" A", " B")]
     assert sum(tiny.response_logprobs(model, prompt, verdict).sum().exp() for verdict in verdicts) > 0.5
     write_records(tmp_path / "c.jsonl", rows)
-    labelling = judge_model.Config(candidates=tmp_path / "c.jsonl", output=tmp_path / "j.jsonl", model=str(folder))
-    assert len(read_labels(judge_model.main(labelling))) == 20
+    labelling = machine.ByJudge(candidates=tmp_path / "c.jsonl", output=tmp_path / "j.jsonl", model=str(folder))
+    assert len(read_labels(machine.judge_model(labelling))) == 20
 
 
 # ------------------------------------------------------------------------------------------------------- command lines
@@ -308,11 +314,9 @@ def test_by_names_the_labeller_wherever_it_stands(candidates: Path, tmp_path: Pa
 
 def test_people_and_machines_agree_in_the_statistics(candidates: Path, tmp_path: Path) -> None:
     """The same items by name, so that `stats` can compare them."""
-    one = simulated.main(simulated.Config(candidates=candidates, output=tmp_path / "a.jsonl", temperature=0.0))
-    other = reward_labeller.main(
-        reward_labeller.Config(
-            run=tiny.finished_run(), candidates=candidates, output=tmp_path / "b.jsonl", device="cpu"
-        )
+    one = machine.simulated(machine.Simulated(candidates=candidates, output=tmp_path / "a.jsonl", temperature=0.0))
+    other = machine.reward_model(
+        machine.ByReward(run=tiny.finished_run(), candidates=candidates, output=tmp_path / "b.jsonl", device="cpu")
     )
     first, second = read_labels(one), read_labels(other)
     assert {x.item for x in first} == {x.item for x in second}

@@ -3,6 +3,7 @@ policy gradient of the win rate, by enumeration. Then the stage: resumed, repeat
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
@@ -13,6 +14,7 @@ import sys
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -42,6 +44,11 @@ from minirlhf.runs.log import read_rows
 
 CPU = torch.device("cpu")
 TEMPERATURE = tiny.online_dpo_config(Path()).temperature
+
+
+def once(tokens: int) -> SimpleNamespace:
+    """A stage whose first attempt at an optimizer step fits."""
+    return SimpleNamespace(attempts=lambda: [contextlib.nullcontext(tokens)])
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +213,7 @@ def test_micro_batches_change_nothing(run: Path) -> None:
         policy = policy_of(run).double()
         state = online_dpo.State(policy, adamw(policy, learning_rate=1e-2))
         config = tiny.online_dpo_config(run)
-        found.append((online_dpo.update(state, comparisons(run), config, CPU, max_tokens=tokens), tiny.weights(policy)))
+        found.append((online_dpo.update(state, comparisons(run), config, CPU, once(tokens)), tiny.weights(policy)))
     (one, weights), (other, expected) = found
     assert one["optimizer_steps"] == other["optimizer_steps"] == 4  # 2 epochs of 2 minibatches
     for key, weight in weights.items():
@@ -219,13 +226,13 @@ def test_every_pair_is_in_one_minibatch_of_each_epoch(run: Path, monkeypatch: py
     policy, pairs = policy_of(run), comparisons(run)[:5]
     state = online_dpo.State(policy, adamw(policy, learning_rate=0.0))
     config = replace(tiny.online_dpo_config(run), epochs=2, minibatches=3)
-    assert online_dpo.update(state, pairs, config, CPU, max_tokens=1000)["optimizer_steps"] == 6
+    assert online_dpo.update(state, pairs, config, CPU, once(1000))["optimizer_steps"] == 6
     assert (
-        online_dpo.update(state, pairs[:1], config, CPU, max_tokens=1000)["optimizer_steps"] == 2
+        online_dpo.update(state, pairs[:1], config, CPU, once(1000))["optimizer_steps"] == 2
     )  # a minibatch without pairs is none
-    assert online_dpo.update(state, [], config, CPU, max_tokens=1000) == {"optimizer_steps": 0}
+    assert online_dpo.update(state, [], config, CPU, once(1000)) == {"optimizer_steps": 0}
     state.iteration = 1
-    online_dpo.update(state, pairs, config, CPU, max_tokens=1000)
+    online_dpo.update(state, pairs, config, CPU, once(1000))
     numbers = [[pairs.index(c) for c in call.arguments["comparisons"]] for call in steps]
     assert [len(part) for part in numbers] == [2, 2, 1, 2, 2, 1, 1, 1, *[2, 2, 1] * 2]
     assert sorted(sum(numbers[:3], [])) == sorted(sum(numbers[3:6], [])) == [0, 1, 2, 3, 4]

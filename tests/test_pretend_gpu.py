@@ -24,7 +24,8 @@ from minirlhf import generate as decoding
 from minirlhf.batch import Batch, own_micro_batches
 from minirlhf.encode import encode_prompt
 from minirlhf.evaluate import calibration
-from minirlhf.feedback import candidates, judge_model
+from minirlhf.feedback import collect as candidates
+from minirlhf.feedback import machine as labelling
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel, ValueModel
@@ -156,7 +157,7 @@ def test_no_command_asks_an_apple_gpu_for_float64(tmp_path: Path) -> None:
         calibration.main(calibration.Config(run=run, device="mps"))
         asked = {"prompts": str(run / "prompts.jsonl"), "max_prompts": 3, "candidates": 2, "max_new_tokens": LONGEST}
         candidates.main(candidates.Config(run=run, device="mps", **asked))
-        judge_model.main(judge_model.Config(run=run, device="mps", model=str(run / "sft" / "model")))
+        labelling.judge_model(labelling.ByJudge(run=run, device="mps", model=str(run / "sft" / "model")))
 
 
 # --------------------------------------------------------------------------------------------- the pretended GPU itself

@@ -19,7 +19,7 @@ from minirlhf import data, reward_functions
 from minirlhf.batch import pad
 from minirlhf.encode import encode_example
 from minirlhf.files import write_records
-from minirlhf.reward_functions import AnswerKey, FunctionReward, arithmetic, final_answer, work_out
+from minirlhf.reward_functions import AnswerKey, Reward, arithmetic, final_answer, function_reward, work_out
 from minirlhf.runs.log import read_rows
 from minirlhf.runtime import UserError
 
@@ -45,8 +45,6 @@ def test_a_function_in_the_current_folder_and_one_of_a_package(tmp_path: Path, m
     (tmp_path / "own_a.py").write_text("def count(prompts, responses):\n    return [len(r) for r in responses]\n")
     assert reward_functions.load("own_a:count")([""], ["four"]) == [4]
     assert reward_functions.load("minirlhf.rewards:arithmetic") is arithmetic
-    specs = ["own_a:count", "minirlhf.rewards:arithmetic"]
-    assert reward_functions.source_files(specs) == [tmp_path / "own_a.py", Path(reward_functions.__file__)]
 
 
 @pytest.mark.parametrize(
@@ -74,8 +72,8 @@ def test_what_cannot_be_found(spec: str, words: str, tmp_path: Path, monkeypatch
 
 
 # -------------------------------------------------------------------------------------------- what they get and give
-def of(function: object) -> FunctionReward:
-    return FunctionReward("own:f", function, tiny.ENCODING)
+def of(function: object) -> Reward:
+    return function_reward("own:f", function, tiny.ENCODING)
 
 
 def test_texts_have_no_eos_and_scores_come_back_by_row() -> None:
@@ -117,9 +115,9 @@ def test_what_a_function_raises_is_not_hidden() -> None:
 
 
 def test_several_are_added_up() -> None:
-    parts = [lambda batch: batch.lengths.float(), of(lambda p, r: [1, 2, 3]), of(lambda p, r: [10, 20, 30])]
-    assert torch.equal(reward_functions.total(parts)(BATCH), BATCH.lengths + torch.tensor([11.0, 22.0, 33.0]))
-    assert torch.equal(reward_functions.total(parts[:1])(BATCH), BATCH.lengths.float())
+    functions = {"own:f": lambda p, r: [1, 2, 3], "own:g": lambda p, r: [10, 20, 30]}
+    total = reward_functions.reward_of(train_ppo.Config(), [], functions, tiny.ENCODING)
+    assert total(BATCH).tolist() == [11, 22, 33]
 
 
 # -------------------------------------------------------------------------------------------------------- in the stage

@@ -30,7 +30,7 @@ CONFIGS = [
             "data.__main__",
         )
     ),
-    *(f"minirlhf.feedback.{module}.Config" for module in ("__main__", "candidates", "label", "pairs", "stats")),
+    *(f"minirlhf.feedback.{module}.Config" for module in ("__main__", "collect", "label", "pairs", "stats")),
     *(f"minirlhf.feedback.label_studio.{name}" for name in ("ExportConfig", "ImportConfig")),
 ]
 

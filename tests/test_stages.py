@@ -210,6 +210,7 @@ def test_ppo_steps(micro_batch_tokens: int) -> None:
         values=padded(old_values),
         scores=torch.tensor(SCORES, dtype=torch.float64),
         sampling_gap=torch.zeros(len(EXAMPLES), dtype=torch.float64),
+        groups=torch.arange(len(EXAMPLES)),
     )
     experience = tiny.learn_from(rollout, beta=BETA, gamma=GAMMA, lam=LAM)
     config = train_ppo.Config(clip=CLIP, value_clip=0.05, temperature=TEMPERATURE, max_grad_norm=0.5)

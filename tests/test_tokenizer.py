@@ -183,7 +183,7 @@ def test_transformers_encodes_alike(encoding: tiktoken.Encoding, tmp_path: Path)
 
 
 def test_errors_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="encoder.json and vocab.bpe, or vocab.json and merges.txt"):
+    with pytest.raises(tokenizer.TokenizerError, match="encoder.json and vocab.bpe, or vocab.json and merges.txt"):
         tokenizer.load(tmp_path / "nowhere")
     tokenizer.save(WORLD, tmp_path)
     vocabulary, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"

@@ -9,7 +9,6 @@ left out and why, and every bad line as file:line: reason. Exit code 2 where the
 
 from __future__ import annotations
 
-import os
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -20,7 +19,7 @@ import tyro
 
 from minirlhf import data, tokenizer
 from minirlhf.batch import Example, pad
-from minirlhf.config import Count, Settings, run_script
+from minirlhf.config import Count, Settings, run_into_a_pipe
 from minirlhf.encode import Record, encode_comparison, encode_demonstration, encode_prompt
 from minirlhf.runtime import UserError, require
 
@@ -86,11 +85,8 @@ def _rows(encoding: tiktoken.Encoding, kind: data.Kind, record: Record, max_leng
 
 def _show_record(encoding: tiktoken.Encoding, dataset: data.Dataset, rows: list[Example]) -> None:
     """Each row in two parts, without and with loss, as the batch's own mask divides it."""
-    names = (
-        ["chosen", "rejected"]
-        if "chosen" in dataset.records[0]
-        else ["prompt" if not row.response_ids else "row" for row in rows]
-    )
+    sides = "chosen" in dataset.records[0]
+    names = ["chosen", "rejected"] if sides else ["row" if row.response_ids else "prompt" for row in rows]
     if not rows:
         print("  it does not fit: its response is too long")
     for name, row in zip(names, rows[:4], strict=False):
@@ -133,23 +129,9 @@ def _show_fit(rows: list[list[Example]], dataset: data.Dataset, max_length: int)
         print(f"in {max_length} tokens: texts go on over rows, {pieces} in all")
 
 
-def run_into_a_pipe() -> None:
-    """The command; a program that reads its report, such as `head`, may stop before the end."""
-    code: str | int | None = 0
-    try:
-        try:
-            run_script(main, PRESETS)
-        except SystemExit as stop:
-            code = stop.code
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python writes what is left at its exit
-    sys.exit(code)
-
-
 if __name__ == "__main__":
     if sys.argv[1:2] != ["check"]:
         print("error: write: python -m minirlhf.data check FILE, or check --help", file=sys.stderr)
         sys.exit(2)
     del sys.argv[1]
-    run_into_a_pipe()
+    run_into_a_pipe(main, PRESETS)

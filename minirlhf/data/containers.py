@@ -12,7 +12,7 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,13 @@ class Content:
     rows: list[Row] = field(default_factory=list)
     bad: list[Bad] = field(default_factory=list)
 
+    def add(self, place: str, value: Any, faults: list[str]) -> None:
+        """Take a value as a row, or its first fault."""
+        if faults:
+            self.bad.append(Bad(place, faults[0]))
+        else:
+            self.rows.append(Row(place, value))
+
 
 class Decoder:
     """Strict JSON: NaN and Infinity, which are not JSON, and keys that stand twice are faults, not values."""
@@ -71,43 +78,24 @@ class Decoder:
         except RecursionError as error:
             raise ValueError("nested too deeply") from error
 
-
-def is_json_string(line: str) -> bool:
-    try:
-        return isinstance(json.loads(line), str)
-    except ValueError:
-        return False
+    def is_whole(self, text: str) -> bool:
+        """True where a text is one JSON value and nothing else."""
+        try:
+            return self.decode(text)[1] == len(text)
+        except ValueError:
+            return False
 
 
 def read_json(lines: list[str], path: Path) -> Content:
     """One JSON document, or one value a line: the latter where the first line is a whole object or text."""
-    decoder = Decoder()
-    first = next(line for line in lines if line.strip()).strip()
-    if first[0] != "[" and _is_whole(decoder, first):
-        return _read_json_lines(decoder, lines, path)
-    text = "\n".join(lines)
+    decoder, text = Decoder(), "\n".join(lines)
     start = len(text) - len(text.lstrip())
-    if first[0] == "[":
+    if text[start] == "[":
         return _read_array(decoder, text, start, path)
-    if not _is_whole(decoder, text.strip()):
+    if decoder.is_whole(text[start:].partition("\n")[0].strip()) or not decoder.is_whole(text.strip()):
         return _read_json_lines(decoder, lines, path)
-    value, _ = decoder.decode(text, start)
-    return _keep(Content("JSON"), decoder, f"{path}:{_line_of(text, start)}", value)
-
-
-def _is_whole(decoder: Decoder, text: str) -> bool:
-    """Whether a text is one JSON value and nothing else."""
-    try:
-        return decoder.decode(text)[1] == len(text)
-    except ValueError:
-        return False
-
-
-def _keep(content: Content, decoder: Decoder, place: str, value: Any) -> Content:
-    if decoder.faults:
-        content.bad.append(Bad(place, decoder.faults[0]))
-    else:
-        content.rows.append(Row(place, value))
+    content, line = Content("JSON"), text.count("\n", 0, start) + 1
+    content.add(f"{path}:{line}", decoder.decode(text, start)[0], decoder.faults)
     return content
 
 
@@ -119,57 +107,47 @@ def _read_json_lines(decoder: Decoder, lines: list[str], path: Path) -> Content:
             continue
         try:
             value, end = decoder.decode(text)
+            if end < len(text):
+                raise ValueError("something follows the value")
+            content.add(place, value, decoder.faults)
         except ValueError as error:
-            content.bad.append(Bad(place, f"not JSON ({_reason(error)}); each line must hold one object"))
-            continue
-        if text[end:]:
-            content.bad.append(Bad(place, "not JSON (something follows the value); each line must hold one object"))
-            continue
-        _keep(content, decoder, place, value)
+            reason = getattr(error, "msg", error)
+            content.bad.append(Bad(place, f"not JSON ({reason}); each line must hold one object"))
     return content
 
 
 def _read_array(decoder: Decoder, text: str, start: int, path: Path) -> Content:
     """The elements of one JSON array, each with the line it starts on; stops where the syntax breaks."""
     content, line, counted = Content("JSON array"), 1, 0
-
-    def skip(position: int) -> int:
-        while position < len(text) and text[position] in " \t\r\n":
-            position += 1
-        return position
-
-    position = skip(start + 1)
-    while position < len(text) and text[position] != "]":
+    position = _skip(text, start + 1)
+    while text[position : position + 1] not in ("", "]"):
         line, counted = line + text.count("\n", counted, position), position
         try:
             value, position = decoder.decode(text, position)
         except ValueError as error:
-            where = error.lineno if isinstance(error, json.JSONDecodeError) else line
-            content.bad.append(
-                Bad(f"{path}:{where}", f"not JSON ({_reason(error)}); the rest of the file was not read")
-            )
+            where, reason = getattr(error, "lineno", line), getattr(error, "msg", error)
+            content.bad.append(Bad(f"{path}:{where}", f"not JSON ({reason}); the rest of the file was not read"))
             return content
-        _keep(content, decoder, f"{path}:{line}", value)
-        position = skip(position)
-        if position < len(text) and text[position] == ",":
-            position = skip(position + 1)
-        elif position < len(text) and text[position] != "]":
+        content.add(f"{path}:{line}", value, decoder.faults)
+        position = _skip(text, position)
+        if text[position : position + 1] != ",":
             break
-    after = position + 1 if text[position : position + 1] == "]" else None
-    if after is None or text[after:].strip():
-        where = _line_of(text, min(skip(position if after is None else after), len(text) - 1))
+        position = _skip(text, position + 1)
+    closed = text[position : position + 1] == "]"
+    rest = _skip(text, position + closed)
+    if not closed or text[rest:].strip():
+        where = text.count("\n", 0, min(rest, len(text) - 1)) + 1
         content.bad.append(Bad(f"{path}:{where}", "not JSON (the array does not end as it should)"))
     return content
 
 
-def _reason(error: ValueError) -> str:
-    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+def _skip(text: str, position: int) -> int:
+    """The next position that holds none of JSON's blanks."""
+    blanks = BLANKS.match(text, position)
+    return blanks.end() if blanks else position
 
 
-def _line_of(text: str, position: int) -> int:
-    return text.count("\n", 0, position) + 1
-
-
+BLANKS = re.compile(r"[ \t\r\n]*")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 SAMPLE = 100  # lines that decide what a file is
 # Marks of encodings and archives that are not read, with the reason given.
@@ -193,10 +171,7 @@ def read_file(path: Path) -> Content:
     packed = raw[:2] == b"\x1f\x8b"
     if packed:
         raw = _unpack(raw, path)
-    if raw[:4] == b"PAR1":
-        content = _read_parquet(raw, path)
-    else:
-        content = _read_text(raw, path)
+    content = _read_parquet(raw, path) if raw[:4] == b"PAR1" else _read_text(raw, path)
     content.container += ", gzip" if packed else ""
     return content
 
@@ -227,10 +202,10 @@ def _read_text(raw: bytes, path: Path) -> Content:
     sample = [line for line in lines if line.strip()][:SAMPLE]
     if not sample:
         return Content("empty", bad=bad)
-    first = sample[0].lstrip()
-    if first[0] in "[{" or is_json_string(first):
+    first = sample[0].strip()
+    if first[0] in "[{" or (first[0] == '"' and Decoder().is_whole(first)):
         content = read_json(lines, path)
-    elif "\t" in first and sum("\t" in line for line in sample) * 2 > len(sample):
+    elif "\t" in sample[0].lstrip() and sum("\t" in line for line in sample) * 2 > len(sample):
         content = _read_tsv(lines, path)
     else:
         content = Content("plain text", [Row(f"{path}:{number}", line) for number, line in enumerate(lines, 1)])
@@ -266,7 +241,7 @@ def _read_tsv(lines: list[str], path: Path) -> Content:
     if all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names):
         content, cut, body = Content("TSV with names"), lambda line: line.split("\t"), table[1:]
     else:
-        names, cut = _columns(list(_sample_cells(table)))
+        names, cut = _columns([line.split("\t") for _, line in table[:SAMPLE]])
         content, body = Content("TSV"), table
     for number, line in body:
         cells, place = cut(line), f"{path}:{number}"
@@ -276,10 +251,6 @@ def _read_tsv(lines: list[str], path: Path) -> Content:
         else:
             content.rows.append(Row(place, dict(zip(names, cells, strict=True))))
     return content
-
-
-def _sample_cells(table: list[tuple[int, str]]) -> Iterator[list[str]]:
-    return (line.split("\t") for _, line in table[:SAMPLE])
 
 
 def _columns(cells: list[list[str]]) -> tuple[list[str], Callable[[str], list[str]]]:

@@ -45,11 +45,11 @@ def text_of(row: dict[str, Any], name: str) -> str:
     value = row[find(row, name)]
     if not isinstance(value, str):
         raise BadRow(f"the field {name!r} is {describe(value)}, not text")
-    lone = next((i for i, c in enumerate(value) if "\ud800" <= c <= "\udfff"), None) if not value.isascii() else None
-    if lone is not None:
-        raise BadRow(
-            f"the field {name!r} holds half a character (lone surrogate {value[lone]!a} at {lone}); replace it"
-        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"half a character (lone surrogate {value[error.start]!a} at {error.start})"
+        raise BadRow(f"the field {name!r} holds {half}; replace it") from error
     return value
 
 
@@ -111,10 +111,10 @@ def layout_of(rows: list[dict[str, Any]]) -> Layout:
 # ---------------------------------------------------------------------------------------------------------- dialogues
 def turns_of(messages: object, name: str) -> list[tuple[str, str]]:
     """(speaker, text) of each message in a list of {"role", "content"} or {"from", "value"}."""
-    if not isinstance(messages, list) or not messages:
-        raise BadRow(
-            f"the field {name!r} is {describe(messages)}, not a list of messages" if messages else "no messages"
-        )
+    if not messages:
+        raise BadRow("no messages")
+    if not isinstance(messages, list):
+        raise BadRow(f"the field {name!r} is {describe(messages)}, not a list of messages")
     turns = []
     for message in messages:
         if not isinstance(message, dict):
@@ -163,6 +163,7 @@ def split_shared_start(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 Record = dict[str, Any]
 Kind = Literal["pairs", "demonstrations", "prompts"]
+KINDS: tuple[Kind, ...] = ("pairs", "demonstrations", "prompts")  # the richest first
 RATINGS = "rating|label|score|stars|sentiment"
 
 
@@ -327,22 +328,12 @@ class Format:
 # In order: the first that fits most rows is taken.
 FORMATS = (
     Format("rankings", ("prompt", "responses", "ranks"), ("pairs", "prompts"), _read_ranking),
-    Format(
-        "Label Studio pairs",
-        ("data", "annotations|completions"),
-        ("pairs", "demonstrations", "prompts"),
-        _read_label_studio,
-    ),
-    Format(
-        "Label Studio pairs, short export",
-        ("prompt", "answer1", "answer2"),
-        ("pairs", "demonstrations", "prompts"),
-        _read_label_studio,
-    ),
+    Format("Label Studio pairs", ("data", "annotations|completions"), KINDS, _read_label_studio),
+    Format("Label Studio pairs, short export", ("prompt", "answer1", "answer2"), KINDS, _read_label_studio),
     Format("chat messages", ("messages|conversations",), ("demonstrations", "prompts"), _read_messages),
     Format("instructions with instances", ("instruction", "instances"), ("demonstrations", "prompts"), _read_instances),
     Format("prompts with answers", (PROMPTS, ANSWERS), ("demonstrations", "prompts"), _read_demonstration),
-    Format("preference pairs", ("chosen", "rejected"), ("pairs", "demonstrations", "prompts"), _read_pair),
+    Format("preference pairs", ("chosen", "rejected"), KINDS, _read_pair),
     Format("rated texts", ("text", RATINGS), ("demonstrations",), _read_rated),
     Format("texts", ("text",), ("demonstrations",), _read_text),
     Format("prompts", (PROMPTS,), ("prompts",), _read_prompt),

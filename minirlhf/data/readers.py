@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf.data.containers import Bad, Content, Row, read_file
-from minirlhf.data.formats import FORMATS, BadRow, Format, Kind, LeftOut, Record, find, layout_of
+from minirlhf.data.formats import FORMATS, KINDS, BadRow, Format, Kind, LeftOut, Record, find, layout_of
 from minirlhf.hf import hub
 from minirlhf.runtime import UserError, require
 
@@ -123,7 +123,6 @@ def _renamed(row: Row, columns: Sequence[tuple[str, str]]) -> Any:
     return {k: v for k, v in row.value.items() if k not in renamed} | {ours: row.value[name] for ours, name in columns}
 
 
-KINDS: tuple[Kind, ...] = ("pairs", "demonstrations", "prompts")  # the richest first
 SAMPLE = 100  # rows that decide which format a source has
 CELL = r'(\w+|"[^"]*")'
 TABLE = re.compile(rf"{CELL}([,;]{CELL})+\r?")  # names of columns, as CSV files begin
@@ -229,13 +228,12 @@ def _parse(dataset: Dataset, form: Format, rows: list[Row]) -> Dataset:
 
 
 def _checked(value: Any, form: Format) -> Any:
-    if form.fits(value):
-        return value
+    """A row that has all fields of its format."""
     if not isinstance(value, dict):
         raise BadRow("not an object with fields")
     for need in form.needs:
         find(value, need)
-    raise BadRow(f"not one of the {form.name}")
+    return value
 
 
 def _plain_text(dataset: Dataset, content: Content, kind: Kind | None) -> Dataset:

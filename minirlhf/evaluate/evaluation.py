@@ -34,9 +34,8 @@ from minirlhf.evaluate.statistics import agreeing_pairs, estimate
 from minirlhf.evaluate.statistics import bootstrap_interval as bootstrap_interval
 from minirlhf.evaluate.tables import SHARE, Column, rows, with_interval
 from minirlhf.evaluate.win_rate import Verdicts, wins
-from minirlhf.feedback.collect import SLOTS
 from minirlhf.files import write_json, write_records
-from minirlhf.generate import Samples, generate
+from minirlhf.generate import SLOTS, Samples, generate
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
 from minirlhf.reward import RewardModel

@@ -1,11 +1,12 @@
-"""Judges by name: the embedded world, a function of texts, a reward model, or a language model that sees two answers.
+"""Judges: the embedded world, a function of texts, a reward model, or a language model that sees two answers.
 
     --judge world                       three marks and their mean, for prompts of the embedded world
     --judge package.module:function     (prompts, responses) -> scores, as in minirlhf/reward_functions.py
     --judge runs/other/reward           a reward model that no stage of the models was trained on
-    --judge-model runs/tiny/judge/sft   which of two answers is better (minirlhf/feedback/judge_model.py)
+    --judge-model runs/tiny/judge/sft   which of two answers is better, by the probability of the verdict
 
-A judge is found, and refused, before weights are read; they are read when it is first asked.
+The same reward and judge models label for `python -m minirlhf.feedback label --by`. A judge is found, and refused,
+before weights are read; they are read when it is first asked.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ import tiktoken
 import torch
 
 from minirlhf import reward_functions, tokenizer
-from minirlhf.batch import Batch, pad
-from minirlhf.encode import encode_example
-from minirlhf.feedback.judge_model import comparison_text, first_preferred, verdict_rows
+from minirlhf.batch import Batch, Example, pad
+from minirlhf.data.formats import message_prompt
+from minirlhf.encode import encode_example, encode_prompt
 from minirlhf.generate import Samples
 from minirlhf.hf.folder import read_settings
 from minirlhf.hf.hub import model_folder, weight_files
@@ -124,7 +125,11 @@ class RewardScorer:
 
     def __call__(self, sampled: Sampled) -> np.ndarray:
         own = tokenizer.same_ids(self.folder.encoding, sampled.encoding)
-        batch = sampled.samples if own else self.encoded(sampled).to(self.device)
+        return self.scores(sampled.samples if own else self.encoded(sampled))
+
+    def scores(self, batch: Batch) -> np.ndarray:
+        """(B,) scores of a batch in the reward model's own tokens."""
+        batch = batch.to(self.device)
         scores = over_micro_batches(lambda part: self.model(part.tokens, part.lengths), batch, self.micro_batch_tokens)
         finite = bool(torch.isfinite(scores).all())
         require(finite, f"{self.folder.path}: gave a score that is not a finite number; its weights are damaged")
@@ -169,9 +174,25 @@ def _require_world(prompts: Sequence[str]) -> None:
 
 
 # ------------------------------------------------------------------------------------- judges that see two answers
+VERDICTS = (" A", " B")
+
+
+def question(prompt: str, first: str, second: str, *, instruction: str = "") -> str:
+    """What a judge of two answers is asked."""
+    return f"{instruction}{prompt}\n\n[A]{first}\n\n[B]{second}\n\nBetter: ["
+
+
+def comparison_text(prompt: str, first: str, second: str, *, instruction: str = "") -> str:
+    """The question as a message in a dialogue; the verdict, one of VERDICTS, is the answer to it."""
+    return message_prompt(question(prompt, first, second, instruction=instruction))
+
+
 @dataclass(frozen=True)
 class JudgeModel:
-    """A language model that says which of two answers is better, asked as `minirlhf.feedback` asks it."""
+    """A language model that says which of two answers is better: q = P(" A") / (P(" A") + P(" B")) after the question.
+
+    Bai et al. 2022, "Constitutional AI", section 4.1, log-probabilities of the verdict.
+    """
 
     folder: ModelFolder
     instruction: str
@@ -184,17 +205,32 @@ class JudgeModel:
 
     def preferred(self, questions: Sequence[tuple[str, str, str]]) -> list[float]:
         """Probability that the answer shown first is the better one, for each (prompt, first, second)."""
-        found: list[float] = []
-        cut = 0
-        for start in range(0, len(questions), QUESTIONS):
-            texts = [
-                comparison_text(prompt, first, second, instruction=self.instruction)
-                for prompt, first, second in questions[start : start + QUESTIONS]
-            ]
-            rows = [verdict_rows(self.model, self.folder.encoding, text) for text in texts]
-            cut += sum(row.cut > 0 for row, _ in rows)
-            found += first_preferred(self.model, rows, micro_batch_tokens=self.micro_batch_tokens)
+        shares, cut = self.ask(questions)
         if cut:
             where = f"to fit the judge's {self.folder.positions} tokens"
             print(f"{cut} of {len(questions)} questions to the judge model lost their start {where}")
-        return found
+        return shares
+
+    def ask(self, questions: Sequence[tuple[str, str, str]]) -> tuple[list[float], int]:
+        """`preferred`, and how many questions lost their start."""
+        shares: list[float] = []
+        cut = 0
+        for start in range(0, len(questions), QUESTIONS):
+            rows = [row for asked in questions[start : start + QUESTIONS] for row in self._rows(*asked)]
+            batch = pad(rows).to(self.device)
+            logprobs = over_micro_batches(
+                lambda part: self.model.logprobs(part.tokens, part.mask).sum(dim=1), batch, self.micro_batch_tokens
+            )
+            shares += torch.softmax(logprobs.view(-1, 2).cpu().double(), dim=1)[:, 0].tolist()
+            cut += sum(row.cut > 0 for row in rows[::2])
+        return shares, cut
+
+    def _rows(self, prompt: str, first: str, second: str) -> list[Example]:
+        """The question with each verdict. No EOS follows: how a model ends is not its verdict."""
+        encoding, room = self.folder.encoding, self.folder.positions
+        verdicts = [tokenizer.encode(encoding, verdict) for verdict in VERDICTS]
+        longest = max(map(len, verdicts))
+        require(longest < room, f"the judge's context of {room} tokens is too short for a verdict")
+        # Both lose the same tokens where they do not fit: else they would answer different questions.
+        ids = encode_prompt(encoding, comparison_text(prompt, first, second, instruction=self.instruction))
+        return [Example(ids[longest - room :], verdict, cut=max(0, len(ids) + longest - room)) for verdict in verdicts]

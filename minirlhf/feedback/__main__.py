@@ -17,31 +17,20 @@ probability that grows with the difference (Boltzmann-rational), and can be made
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from minirlhf import data, tokenizer
-from minirlhf.config import Count, Finite, Fraction, NotNegative, RunConfig, run_script
+from minirlhf import data
+from minirlhf.config import AtLeastTwo, Count, Finite, Fraction, NotNegative, RunConfig, Settings, run_script
 from minirlhf.encode import Record, pairs_from_ranks
-from minirlhf.feedback import (
-    candidates,
-    endpoint_judge,
-    judge_model,
-    label,
-    label_studio,
-    pairs,
-    reward_labeller,
-    simulated,
-    stats,
-)
-from minirlhf.feedback.collect import collect, reencoded_differently
-from minirlhf.files import source_hash, write_records
-from minirlhf.model import GPT
+from minirlhf.feedback import collect, endpoint, label, label_studio, machine, pairs, stats
+from minirlhf.files import write_records
 from minirlhf.runs.stage import Stage
-from minirlhf.runtime import project_file, require, resolve_device
+from minirlhf.runtime import project_file
 from minirlhf.world import TEMPERATURE, Labeller, judge
 
 
@@ -55,7 +44,7 @@ class Config(RunConfig):
     """JSONL file of prompts."""
     max_prompts: Count = 4096
     """Use at most this many prompts, from the start of the file."""
-    candidates: Count = 4
+    candidates: AtLeastTwo = 4
     """Answers sampled for each prompt; equal ones are kept once."""
     max_new_tokens: Count = 32
     """Length limit of an answer in tokens."""
@@ -74,48 +63,36 @@ PRESETS = {"tiny": Config()}
 
 def main(config: Config) -> Path:
     """Run the stage; returns the file of rankings."""
-    device = resolve_device(config.device)
     folder = config.policy or config.run / "sft" / "model"
     output = config.run / "feedback" / "rankings.jsonl"
     stage = Stage(config, "feedback", inputs=(config.prompts,), models=(folder,))
     if stage.finished:
         return output
     prompts = [r["prompt"] for r in data.load(config.prompts, "prompts")][: config.max_prompts]
-    require(config.candidates >= 2, f"--candidates {config.candidates}: a comparison needs at least 2")
-    encoding = tokenizer.load(folder)
-    policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
-    tokenizer.check_fits(encoding, policy.config.vocab_size, folder)
+    encoding, sources = collect.load_sources((str(folder),), (config.temperature,), device=config.device)
 
     with stage.begin(None, steps=1):
-        records = collect(
-            policy,
+        candidates = collect.collect(
+            sources,
             encoding,
             prompts,
-            candidates=config.candidates,
+            count=config.candidates,
+            rounds=1,
             max_new_tokens=config.max_new_tokens,
-            temperature=config.temperature,
             seed=config.seed,
         )
-        rank(records, config, source_hash(folder))
+        labeller = Labeller(config.labeller_temperature, config.noise, config.length_bias, config.seed)
+        origin = {"seed": config.seed, "policy": sources[0].digest, "temperature": config.temperature}
+        records = []
+        for number, sampled in enumerate(candidates):
+            record = {name: sampled[name] for name in ("prompt", "responses", "response_ids")}
+            ranks = labeller.rank(record["prompt"], record["responses"], key=number)
+            records.append({**record, "ranks": ranks, "labeller": "simulated", **origin})
         write_records(output, [r for r in records if len(r["responses"]) >= 2])
         tokens = sum(len(ids) for r in records for ids in r["response_ids"])
-        reencoded = sum(reencoded_differently(encoding, r) for r in records)
+        reencoded = sum(collect.reencoded_differently(encoding, r) for r in records)
         stage.finish(0, {**statistics(records), "reencoded_differently": reencoded}, tokens=tokens)
     return output
-
-
-def rank(records: list[Record], config: Config, policy: str) -> None:
-    """Let the simulated labeller rank the responses of each record; ranks and provenance go into the record."""
-    labeller = Labeller(config.labeller_temperature, config.noise, config.length_bias, config.seed)
-    provenance = {
-        "labeller": "simulated",
-        "seed": config.seed,
-        "policy": policy,
-        "temperature": config.temperature,
-    }
-    for number, record in enumerate(records):
-        record["ranks"] = labeller.rank(record["prompt"], record["responses"], key=number)
-        record |= provenance
 
 
 def statistics(records: list[Record]) -> dict:
@@ -137,17 +114,18 @@ def statistics(records: list[Record]) -> dict:
 
 
 # Name, then what it runs, its settings, and what --help says first.
-COMMANDS: dict[str, tuple[Callable[[Any], object], dict[str, Any], str | None]] = {
-    "collect": (candidates.main, candidates.PRESETS, candidates.__doc__),
-    "label": (label.main, label.PRESETS, label.__doc__),
-    "label --by simulated": (simulated.main, simulated.PRESETS, simulated.__doc__),
-    "label --by reward-model": (reward_labeller.main, reward_labeller.PRESETS, reward_labeller.__doc__),
-    "label --by judge-model": (judge_model.main, judge_model.PRESETS, judge_model.__doc__),
-    "label --by endpoint": (endpoint_judge.main, endpoint_judge.PRESETS, endpoint_judge.__doc__),
-    "export": (label_studio.export_tasks, label_studio.EXPORT, label_studio.__doc__),
-    "import": (label_studio.import_labels, label_studio.IMPORT, label_studio.__doc__),
-    "stats": (stats.main, stats.PRESETS, stats.__doc__),
-    "pairs": (pairs.main, pairs.PRESETS, pairs.__doc__),
+COMMANDS: dict[str, tuple[Callable[[Any], object], Settings, str | None]] = {
+    "collect": (collect.main, collect.Config(), collect.__doc__),
+    "label": (label.main, label.Config(), label.__doc__),
+    "label --by simulated": (machine.simulated, machine.Simulated(), machine.simulated.__doc__),
+    "label --by reward-model": (machine.reward_model, machine.ByReward(), machine.reward_model.__doc__),
+    "label --by judge-model": (machine.judge_model, machine.ByJudge(), machine.judge_model.__doc__),
+    "label --by endpoint": (endpoint.main, endpoint.Config(), endpoint.__doc__),
+    "export": (label_studio.export_tasks, label_studio.ExportConfig(), label_studio.__doc__),
+    "import": (label_studio.import_labels, label_studio.ImportConfig(), label_studio.__doc__),
+    "stats": (stats.main, stats.Config(), stats.__doc__),
+    "pairs": (pairs.main, pairs.Config(), pairs.__doc__),
+    "": (main, PRESETS["tiny"], __doc__),
 }
 
 
@@ -155,22 +133,23 @@ def take_command(arguments: list[str]) -> str:
     """Take the name of a command, `--by NAME` included, out of the arguments; "" where they begin with a flag."""
     if not arguments or arguments[0].startswith("-"):
         return ""
-    name, known = arguments.pop(0), [command for command in COMMANDS if " --by " not in command]
+    name = arguments.pop(0)
     by = next((i for i, a in enumerate(arguments) if a == "--by" or a.startswith("--by=")), None)
     if by is not None:
-        flag = arguments.pop(by)
-        value = flag.removeprefix("--by=") if flag != "--by" else arguments.pop(by) if by < len(arguments) else ""
-        name, known = f"{name} --by {value}", [command for command in COMMANDS if " --by " in command]
+        _, equals, value = arguments.pop(by).partition("=")
+        value = value if equals else "".join(arguments[by : by + 1])
+        del arguments[by : by + (not equals)]
+        name += f" --by {value}"
     if name not in COMMANDS:
-        print(f"error: {name}: not one of {', '.join(known)}", file=sys.stderr)
+        alike = [command for command in COMMANDS if command and (" --by " in command) == (by is not None)]
+        print(f"error: {name}: not one of {', '.join(alike)}", file=sys.stderr)
         sys.exit(2)
     return name
 
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    name = take_command(arguments)
+    command, default, text = COMMANDS[take_command(arguments)]
     sys.argv[1:] = arguments
-    command, presets, text = COMMANDS[name] if name else (main, PRESETS, __doc__)
-    __doc__ = text or ""
-    run_script(command, presets)
+    __doc__ = inspect.cleandoc(text or "")
+    run_script(command, {"tiny": default})

@@ -11,6 +11,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from minirlhf.feedback.labels import Label
 
@@ -43,14 +44,9 @@ class Share:
         middle, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
         return max(0.0, (middle - half) / (1 + Z**2 / n)), min(1.0, (middle + half) / (1 + Z**2 / n))
 
-
-@dataclass(frozen=True)
-class Agreement:
-    """How two labellers agree on the pairs that both judged; kappa is nan where both always say the same one thing."""
-
-    labellers: tuple[str, str]
-    share: Share
-    kappa: float
+    def plain(self) -> dict[str, Any]:
+        """The share as JSON holds it."""
+        return {"share": self.mean, "interval": list(self.interval), "of": self.of}
 
 
 def first_labels(labels: Sequence[Label]) -> list[Label]:
@@ -137,16 +133,17 @@ def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> float:
     return (observed * n - expected) / (n * n - expected) if n * n != expected else math.nan
 
 
-def between_labellers(labels: Sequence[Label]) -> list[Agreement]:
-    """Agreement of every two labellers on the items that both labelled, first labels alone."""
+def between_labellers(labels: Sequence[Label]) -> list[dict[str, Any]]:
+    """How every two labellers agree on the pairs that both judged, first labels alone; a kappa of nan is None."""
     by_labeller: dict[str, dict[str, Label]] = defaultdict(dict)
     for label in first_labels(labels):
         by_labeller[label.labeller][label.item] = label
-    found = []
-    for one, two in itertools.combinations(sorted(by_labeller), 2):
-        shared = sorted(by_labeller[one].keys() & by_labeller[two].keys())
+    rows = []
+    for both in itertools.combinations(sorted(by_labeller), 2):
+        shared = sorted(by_labeller[both[0]].keys() & by_labeller[both[1]].keys())
         if shared:
-            mine, theirs = ([c for item in shared for c in choices(by_labeller[who][item])] for who in (one, two))
+            mine, theirs = ([c for item in shared for c in choices(by_labeller[who][item])] for who in both)
             share = Share(sum(a == b for a, b in zip(mine, theirs, strict=True)), len(mine))
-            found.append(Agreement((one, two), share, cohens_kappa(mine, theirs)))
-    return found
+            kappa = cohens_kappa(mine, theirs)
+            rows.append({"labellers": list(both), **share.plain(), "kappa": None if math.isnan(kappa) else kappa})
+    return rows

@@ -1,30 +1,40 @@
-"""An OpenAI-compatible server: one question, and the log-probabilities of the first token of its answer.
+"""Label pairs by a language model behind an OpenAI-compatible server, on this machine or elsewhere (RLAIF).
 
-    POST <url>/chat/completions   {"model", "messages", "max_tokens": 1, "temperature": 0, "logprobs": true, ...}
+    python -m minirlhf.feedback label --by endpoint --url http://127.0.0.1:8000/v1 --model NAME
 
-A server that is busy or broken is asked again after a wait that doubles, with jitter, or that it asks for itself
-(Retry-After); an answer that cannot be read counts as broken. Every call is in the log and counts against the budget.
-Left out: several calls at a time, and streams.
+It is asked as `--by judge-model` asks a folder: both orders, by the probability of the verdict. Prompts and answers are
+sent to the server. `<run>/labels/calls.jsonl` logs every call; what is answered there is not asked again, so that a run
+that was stopped, or whose budget was spent, goes on where it was. A task without a verdict in one of its orders is a
+skip.
 """
 
 from __future__ import annotations
 
 import datetime
-import email.utils
-import http.client
+import hashlib
 import json
 import math
+import os
 import random
+import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from minirlhf.feedback.calls import CallLog, call_key
-from minirlhf.runtime import UserError, require
+import requests
+from urllib3 import Retry
+from urllib3.exceptions import HTTPError, InvalidHeader, ReadTimeoutError
+
+from minirlhf.config import Count, Positive
+from minirlhf.evaluate.judges import question
+from minirlhf.feedback.label_file import Journal
+from minirlhf.feedback.machine import PairsConfig, Question, by_pairs, label_by_machine
+from minirlhf.files import read_records
+from minirlhf.runtime import UserError, held_signals, require
 
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # may go better another time
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0  # seconds
@@ -32,49 +42,123 @@ LARGEST = 1 << 20  # bytes of an answer
 LIKELIEST = 20  # tokens whose log-probability is asked for, the most that the interface allows
 
 
+@dataclass
+class Config(PairsConfig):
+    labeller: str = "endpoint"
+    """Name in the labels."""
+    url: str | None = None
+    """Address of the server, up to and with its version: https://…/v1."""
+    model: str | None = None
+    """Name of the model at that server."""
+    key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the key; leave it unset for a server without one. It is written nowhere."""
+    instruction: str = (
+        "Below are a dialogue and two possible answers to it, [A] and [B]. Which answer is more helpful, honest and "
+        "harmless? Reply with one letter, A or B.\n"
+    )
+    """Text before every comparison."""
+    max_calls: Count = 2000
+    """Budget: stop before a call where the log of calls holds this many, failed ones included. A pair takes two."""
+    max_tokens: Count = 1_000_000
+    """Budget: stop before a call where those in the log took this many tokens, as the server counts them."""
+    attempts: Count = 6
+    """Calls for one answer where the server is busy or broken; the wait between them doubles, from about 1 s."""
+    timeout: Positive = 60.0
+    """Seconds for one call."""
+    calls: Path | None = None
+    """Log of calls, by default `<run>/labels/calls.jsonl`."""
+
+
+def main(config: Config) -> Path:
+    """Label the candidates; returns the file."""
+    with CallLog(config.calls or config.run / "labels" / "calls.jsonl") as log:
+        server = Endpoint(config, log, key=os.environ.get(config.key_variable, ""))
+
+        def preferred(questions: Sequence[Question]) -> Iterator[float | None]:
+            for asked in questions:
+                yield share_of("A", "B", server.first_token(question(*asked, instruction=config.instruction)))
+
+        output = label_by_machine(config, lambda tasks: by_pairs(config, tasks, preferred))
+        print(f"{log.path}: {log.calls} calls, {log.tokens} tokens in all")
+    return output
+
+
+class CallLog(Journal):
+    """The log of calls, open; `calls` and `tokens` count all in it, also those of earlier runs. One JSON object a line:
+
+    key             names what was asked: SHA-256 of address and request
+    time, seconds   when the call began (UTC), and how long it took
+    request         what was sent, as JSON
+    status          of HTTP; null where no answer came
+    answer          what was read from the answer; null for a failed call
+    error           why it failed; null for a good one
+    tokens          as the server counts them; where it does not, the request's bytes, which are never fewer
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.calls, self.tokens = 0, 0
+        self.answers: dict[str, Any] = {}
+        for number, row in enumerate(read_records(path), 1):  # before the file is touched: it may be another's
+            good = {"key", "answer", "tokens"} <= row.keys() and isinstance(row["answer"], dict | None)
+            words = f"{path}:{number}: not a line of a log of calls; give another file, or mend it"
+            require(good and type(row["tokens"]) is int, words)
+            self._count(row)
+        super().__init__(path, flag="--calls", of="call")
+
+    def _count(self, row: dict[str, Any]) -> None:
+        self.calls += 1
+        self.tokens += row["tokens"]
+        if row["answer"] is not None:
+            self.answers[row["key"]] = row["answer"]
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Write a call; it is on the disk when this returns."""
+        with held_signals():
+            self.write(row)
+            self._count(row)
+
+
 class Failure(Exception):
-    """A call that failed and may be made again; `wait` is the server's own wish, in seconds."""
+    """A call that failed. `wait` is the server's own wish, in seconds; inf where asking again is of no use."""
 
     def __init__(self, reason: str, *, status: int | None = None, wait: float = 0.0) -> None:
         super().__init__(reason)
         self.status, self.wait = status, wait
 
 
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Another address would get the key, and the question as a GET."""
-
-    def redirect_request(self, *_: object) -> None:
-        return None
-
-
-@dataclass
 class Endpoint:
-    """A model at a server.
+    """A model at a server; a call asks it one question, for the log-probabilities of the first token of the answer.
 
-    url       up to and with the version, e.g. http://127.0.0.1:8000/v1
-    key       sent as a bearer token; "" for none. It is never written to the log nor into an error
-    max_calls, max_tokens     budget of the whole log
-    attempts, timeout         calls for one answer; seconds for each
-    sleep     waits; another one for tests
+        POST <url>/chat/completions   {"model", "messages", "max_tokens": 1, "temperature": 0, "logprobs": true, ...}
+
+    A server that is busy or broken is asked again after a wait that doubles, with jitter, or that it asks for itself
+    (Retry-After); an answer that cannot be read counts as broken. Every call is in the log and counts against the
+    budget. Left out: several calls at a time, and streams.
+
+    key    sent as a bearer token; "" for none. It is never written to the log nor into an error
+    sleep  waits; another one for tests
     """
 
-    url: str
-    model: str
-    log: CallLog
-    key: str = ""
-    max_calls: int = 2000
-    max_tokens: int = 1_000_000
-    attempts: int = 6
-    timeout: float = 60.0
-    sleep: Callable[[float], None] = time.sleep
-
-    def __post_init__(self) -> None:
+    def __init__(
+        self, config: Config, log: CallLog, *, key: str = "", sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        if config.url is None or config.model is None:
+            raise UserError("--url and --model: say which server, and which model there")
+        self.config, self.url, self.log, self.key, self.sleep = config, config.url, log, key, sleep
         parts = urlsplit(self.url)
+        require("@" not in self.url, "--url: holds a name or password; give a key by --key-variable alone")
         require(parts.scheme in ("http", "https") and bool(parts.hostname), f"--url {self.url!r}: give http(s)://…/v1")
         local = parts.hostname in ("127.0.0.1", "localhost", "::1")
-        require(parts.scheme == "https" or local or not self.key, f"--url {self.url}: a key goes over https alone")
-        proxies = [urllib.request.ProxyHandler({})] if local else []  # this machine is not asked through another one
-        self._opener = urllib.request.build_opener(_NoRedirects, *proxies)
+        require(parts.scheme == "https" or local or not key, f"--url {self.url}: a key goes over https alone")
+        self._session = requests.Session()
+        self._session.trust_env = not local  # this machine is not asked through a proxy
+        self._session.auth = self._sign
+
+    def _sign(self, call: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Add the key; without this function `requests` would send one that stands in ~/.netrc."""
+        if self.key:
+            call.headers["Authorization"] = f"Bearer {self.key}"
+        return call
 
     def first_token(self, question: str) -> dict[str, float]:
         """Log-probability of each likeliest first token of the answer, by its text.
@@ -82,33 +166,33 @@ class Endpoint:
         Raises UserError where the budget is spent, the server refuses, or it stays broken; what was answered is kept.
         """
         request = {
-            "model": self.model,
+            "model": self.config.model,
             "messages": [{"role": "user", "content": question}],
             "max_tokens": 1,
             "temperature": 0,
             "logprobs": True,
             "top_logprobs": LIKELIEST,
         }
-        key = call_key(self.url, request)
+        key = hashlib.sha256(json.dumps([self.url, request], sort_keys=True).encode()).hexdigest()
         if key in self.log.answers:
             return self.log.answers[key]
-        for attempt in range(1, self.attempts + 1):
+        for attempt in range(1, self.config.attempts + 1):
             self._check_budget()
             try:
                 return self._call(key, request)
             except Failure as failure:
                 reason = failure
-            if attempt < self.attempts:
+            require(reason.wait <= LONGEST_WAIT, f"{self.url}: {reason}; {self._kept()}")
+            if attempt < self.config.attempts:
                 backoff = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
                 self.sleep(min(LONGEST_WAIT, max(backoff, reason.wait)))
-        raise UserError(f"{self.url}: {self.attempts} calls failed, the last with: {reason}; {self._kept()}")
+        raise UserError(f"{self.url}: {self.config.attempts} calls failed, the last with: {reason}; {self._kept()}")
 
     def _check_budget(self) -> None:
-        log = self.log
-        calls = f"--max-calls {self.max_calls}: the budget of calls is spent; {self._kept()}"
-        require(log.calls < self.max_calls, calls)
-        tokens = f"--max-tokens {self.max_tokens}: the budget of tokens is spent ({log.tokens}); {self._kept()}"
-        require(log.tokens < self.max_tokens, tokens)
+        log, most_calls, most_tokens = self.log, self.config.max_calls, self.config.max_tokens
+        require(log.calls < most_calls, f"--max-calls {most_calls}: the budget of calls is spent; {self._kept()}")
+        words = f"--max-tokens {most_tokens}: the budget of tokens is spent ({log.tokens}); {self._kept()}"
+        require(log.tokens < most_tokens, words)
 
     def _kept(self) -> str:
         return f"{len(self.log.answers)} answers are kept in {self.log.path}, run again to go on from there"
@@ -120,64 +204,80 @@ class Endpoint:
         row |= {"status": None, "answer": None, "error": None, "tokens": len(json.dumps(request).encode())}
         try:
             reply = self._post(request)
-            row["status"] = 200
-            row["answer"] = first_token_logprobs(reply)
+            row |= {"status": 200, "answer": first_token_logprobs(reply)}
             row["tokens"] = _tokens(reply, otherwise=row["tokens"])
             return row["answer"]
         except Failure as failure:
-            row["status"], row["error"] = failure.status, str(failure)
-            row["tokens"] = 0 if failure.status in BUSY else row["tokens"]  # it answered that it did not do it
-            raise
-        except UserError as error:
-            row["error"], row["tokens"] = str(error), 0
+            row |= {"status": failure.status, "error": str(failure)}
+            row["tokens"] *= failure.status in (None, 200)  # with another one it says that it did not do it
             raise
         finally:
             self.log.add({**row, "seconds": round(time.monotonic() - clock, 3)})
 
     def _post(self, request: dict[str, Any]) -> Any:
-        """The reply as JSON; raises Failure where another try may help, else UserError."""
-        headers = {"Content-Type": "application/json", "User-Agent": "minirlhf"}
-        headers |= {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        address = f"{self.url.rstrip('/')}/chat/completions"
-        call = urllib.request.Request(address, json.dumps(request).encode(), headers, method="POST")
-        end = time.monotonic() + self.timeout
+        """The reply as JSON; raises Failure."""
         try:
-            with self._opener.open(call, timeout=self.timeout) as reply:
-                return json.loads(_read(reply, end))
-        except urllib.error.HTTPError as error:
-            self._refused(error)
-        except ValueError as error:  # not JSON, or not UTF-8
+            status, wait, content = self._exchange(request)
+        except (TimeoutError, requests.Timeout, ReadTimeoutError) as error:
+            raise Failure(f"no answer within {self.config.timeout:g} s") from error
+        except (OSError, HTTPError) as error:
+            raise Failure(_first_cause(error)) from error
+        if not 200 <= status < 300:
+            words = " ".join(content[:500].decode("utf-8", "replace").split())  # the server's own, without the key
+            words = f": {words.replace(self.key, '***') if self.key else words}" if words else ""
+            words += f"; it asks to wait {wait:.0f} s" if wait > LONGEST_WAIT else ""
+            raise Failure(f"status {status}{words}", status=status, wait=wait if status in BUSY else math.inf)
+        if len(content) > LARGEST:
+            raise Failure(f"an answer of more than {LARGEST} bytes", status=200)
+        try:
+            return json.loads(content)
+        except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
             raise Failure("the answer is not JSON", status=200) from error
-        except (OSError, http.client.HTTPException) as error:
-            slow = isinstance(error, TimeoutError) or isinstance(getattr(error, "reason", None), TimeoutError)
-            said = f"no answer within {self.timeout:g} s" if slow else f"{type(error).__name__}: {error}"
-            raise Failure(said) from error
 
-    def _refused(self, error: urllib.error.HTTPError) -> None:
-        """Turn an HTTP status into Failure or UserError; the server's own words are kept, the key is not."""
-        try:
-            words = " ".join(error.read(500).decode("utf-8", "replace").split())
-        except (OSError, http.client.HTTPException):
-            words = ""
-        words = words.replace(self.key, "***") if self.key else words
-        said = f"status {error.code}{': ' if words else ''}{words}"
-        if error.code not in BUSY:
-            raise UserError(f"{self.url}: {said}; {self._kept()}") from error
-        wait = retry_after(error.headers.get("Retry-After"))
-        if wait > LONGEST_WAIT:
-            raise UserError(f"{self.url}: {said}; it asks to wait {wait:.0f} s; {self._kept()}") from error
-        raise Failure(said, status=error.code, wait=wait) from error
+    def _exchange(self, request: dict[str, Any]) -> tuple[int, float, bytes]:
+        """Status, seconds that it asks to wait, and body of one POST, of which no more than LARGEST + 1 bytes are read.
+
+        Raises TimeoutError when it takes longer than `timeout` in all. The limits of `requests` hold for each read, and
+        a server that sends a byte now and then would keep within them for ever: so another thread waits for it.
+        """
+        result: Future[tuple[int, float, bytes]] = Future()
+
+        def post() -> None:
+            try:
+                with self._session.post(
+                    f"{self.url.rstrip('/')}/chat/completions",
+                    json=request,
+                    headers={"User-Agent": "minirlhf", "Accept-Encoding": "identity"},
+                    timeout=self.config.timeout,
+                    allow_redirects=False,  # another address would get the question
+                    stream=True,
+                ) as reply:
+                    body = reply.raw.read(LARGEST + 1, decode_content=False)
+                    result.set_result((reply.status_code, retry_after(reply.headers.get("Retry-After")), body))
+            except Exception as error:
+                result.set_exception(error)
+
+        threading.Thread(target=post, daemon=True).start()
+        return result.result(self.config.timeout)
+
+
+def _first_cause(error: BaseException) -> str:
+    """What went wrong at the bottom, in whose place `requests` puts all that it led to."""
+    while error.__context__ is not None:
+        error = error.__context__
+    return f"{type(error).__name__}: {error}"
 
 
 def first_token_logprobs(reply: Any) -> dict[str, float]:
     """Text of each likeliest first token -> its log-probability, from a reply of the server.
 
-    Raises Failure for what is no such reply, UserError for a server that gives no log-probabilities.
+    Raises Failure for what is no such reply, a final one for a server that gives no log-probabilities.
     """
     try:
         logprobs = reply["choices"][0]["logprobs"]
         if logprobs is None:
-            raise UserError("the server gives no log-probabilities (logprobs is null), which the judge needs")
+            words = "the server gives no log-probabilities (logprobs is null), which the judge needs"
+            raise Failure(words, status=200, wait=math.inf)
         rows = [(row["token"], row["logprob"]) for row in logprobs["content"][0]["top_logprobs"]]
     except (KeyError, IndexError, TypeError) as error:
         raise Failure("the answer has no choices[0].logprobs.content[0].top_logprobs", status=200) from error
@@ -200,16 +300,9 @@ def share_of(first: str, second: str, logprobs: dict[str, float]) -> float | Non
 
 def retry_after(value: str | None) -> float:
     """Seconds that a server asks to wait, given as a number or a date; 0 where it does not say, or not in that form."""
-    if value is None:
-        return 0.0
     try:
-        return max(0.0, float(value)) if math.isfinite(float(value)) else 0.0
-    except ValueError:
-        pass
-    try:
-        date = email.utils.parsedate_to_datetime(value)
-        return max(0.0, (date - datetime.datetime.now(datetime.UTC)).total_seconds())
-    except (ValueError, TypeError):
+        return float(Retry().parse_retry_after(value or "0"))
+    except (InvalidHeader, ValueError, OverflowError):
         return 0.0
 
 
@@ -217,15 +310,3 @@ def _tokens(reply: Any, *, otherwise: int) -> int:
     usage = reply.get("usage") if isinstance(reply, dict) else None
     count = usage.get("total_tokens") if isinstance(usage, dict) else None
     return count if type(count) is int and count >= 0 else otherwise
-
-
-def _read(reply: http.client.HTTPResponse, end: float) -> bytes:
-    """The body; raises Failure for one that is too large, TimeoutError where it drips in too slowly."""
-    content = b""
-    while chunk := reply.read1(65_536):
-        content += chunk
-        if len(content) > LARGEST:
-            raise Failure(f"an answer of more than {LARGEST} bytes", status=200)
-        if time.monotonic() > end:
-            raise TimeoutError
-    return content

@@ -1,99 +1,82 @@
-"""The file that labels are written to while somebody labels: append, fsync, and nothing else, so a kill loses nothing.
+"""The file that labels are written to while somebody labels: a label is on the disk before the next question appears.
 
-Undo cuts the last line off. Both leave the file whole at every moment: a line that a crash tore is cut off when the
-file is opened again, and a second process that would write to the same file is refused.
+So a kill loses nothing. Undo cuts the last line off. Both leave the file whole at every moment: a line that a crash
+tore is cut off when the file is opened again, and a second process that would write to the same file is refused.
 """
 
 from __future__ import annotations
 
-import json
-import os
+import contextlib
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 from minirlhf.feedback.labels import Label, read_labels
+from minirlhf.files import Lines
+from minirlhf.runs.checkpoint import only_writer
 from minirlhf.runtime import UserError, held_signals
 
 
-class LabelFile:
-    """An open file of labels; `labels` are those in it, oldest first.
+class Journal:
+    """A JSONL file that no other process writes to meanwhile, with every record synced as it comes.
 
-    Raises UserError where a line is not a label, where another process has the file open, or where it cannot be
-    written. Use it in a `with`.
+    flag  what to change where another process has the file open;  of  what a line holds, in words
+    Raises UserError there, and where the file cannot be written. Use it in a `with`.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o600)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be opened for writing ({error.strerror})") from error
-        try:
-            self._lock()
-            self._mend()
-            self.labels = read_labels(path) if path.stat().st_size else []
-        except BaseException:
-            self.close()
-            raise
-
-    def _lock(self) -> None:
-        import fcntl  # on Unix alone, like the terminal; reading labels needs neither
-
-        try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"{self.path}: another process is labelling into it; give another --output") from error
-
-    def _mend(self) -> None:
-        """Finish or cut off a last line without its newline, which is what a crash in mid-write leaves."""
-        content = self.path.read_bytes()
-        whole, newline, torn = content.rpartition(b"\n")
-        if not torn:
-            return
-        try:
-            json.loads(torn)
-        except ValueError:
-            self._cut(len(whole + newline))
-            print(f"{self.path}: cut off a last line that was not written whole")
-        else:
-            self._write(b"\n")
-
-    def append(self, label: Label) -> None:
-        """Write a label; it is on the disk when this returns."""
-        before = os.fstat(self._descriptor).st_size
-        line = json.dumps(label.record(), ensure_ascii=False) + "\n"
-        with held_signals():
+    def __init__(self, path: Path, *, flag: str, of: str) -> None:
+        self.path, self.of = path, of
+        with contextlib.ExitStack() as stack:
             try:
-                self._write(line.encode())
+                stack.enter_context(only_writer(path, flag=flag))
+                path.touch(mode=0o600)
+                self._lines = stack.enter_context(Lines(path))
             except OSError as error:
-                self._cut(before)
-                reason = f"the label was not saved ({error.strerror}); the others are"
-                raise UserError(f"{self.path}: {reason}") from error
-            self.labels.append(label)
+                raise UserError(f"{path}: cannot be opened for writing ({error.strerror})") from error
+            self._held = stack.pop_all()
 
-    def pop(self) -> Label:
-        """Take the last label out of the file again."""
-        with held_signals():
-            content = self.path.read_bytes()
-            self._cut(content.rstrip(b"\n").rfind(b"\n") + 1)
-            return self.labels.pop()
-
-    def _write(self, content: bytes) -> None:
-        while content:
-            content = content[os.write(self._descriptor, content) :]
-        os.fsync(self._descriptor)
-
-    def _cut(self, size: int) -> None:
-        os.ftruncate(self._descriptor, size)
-        os.fsync(self._descriptor)
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Append a record; it is on the disk when this returns, or the file is as it was before."""
+        before = self.path.stat().st_size
+        try:
+            self._lines.append(record)
+            self._lines.sync()
+        except OSError as error:
+            self._lines.cut(before)
+            raise UserError(f"{self.path}: the {self.of} was not saved ({error.strerror}); the others are") from error
 
     def close(self) -> None:
         """Let another process write to the file."""
-        os.close(self._descriptor)
+        self._held.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class LabelFile(Journal):
+    """An open file of labels; `labels` are those in it, oldest first. Raises UserError where a line is not a label."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, flag="--output", of="label")
+        try:
+            self.labels = read_labels(path) if path.stat().st_size else []
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, label: Label) -> None:
+        """Write a label."""
+        with held_signals():
+            self.write(label.record())
+            self.labels.append(label)
+
+    def pop(self) -> Label:
+        """Take the last label out of the file again."""
+        with held_signals():
+            content = self.path.read_bytes()
+            self._lines.cut(content.rstrip(b"\n").rfind(b"\n") + 1)
+            self._lines.sync()
+            return self.labels.pop()

@@ -27,13 +27,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minirlhf.config import Count, Seed, Settings
+from minirlhf.config import Settings
 from minirlhf.data.formats import FORMATS, BadRow, LeftOut, as_answer, text_of
-from minirlhf.encode import Record
-from minirlhf.feedback import lines
-from minirlhf.feedback.candidates import read_candidates
-from minirlhf.feedback.labels import Label, parse_label, ranks_of
-from minirlhf.feedback.tasks import Task, make_tasks
+from minirlhf.feedback.labels import Candidates, Label, Row, new_file, parse_candidates, ranks_of, read_lines, values_of
+from minirlhf.feedback.tasks import Task, TaskConfig, make_tasks
 from minirlhf.files import write_records, write_text
 from minirlhf.runtime import UserError, require
 
@@ -41,17 +38,9 @@ LAYOUTS = [form for form in FORMATS if form.name.startswith("Label Studio")]
 
 
 @dataclass
-class ExportConfig(Settings):
-    run: Path = Path("runs/tiny")
-    """Folder of the run; reads and writes `<run>/labels`."""
-    candidates: Path | None = None
-    """Candidates, by default `<run>/labels/candidates.jsonl`."""
+class ExportConfig(TaskConfig):
     output: Path | None = None
     """File to write, by default `<run>/labels/label-studio.json`; an existing one is never overwritten."""
-    pairs_per_prompt: Count = 1
-    """Pairs asked about each prompt."""
-    seed: Seed = 0
-    """Seed of the choice of pairs, of their order, and of which answer is on the left."""
 
 
 @dataclass
@@ -64,25 +53,10 @@ class ImportConfig(Settings):
     """File of labels, by default `<run>/labels/label-studio.jsonl`; an existing one is never overwritten."""
 
 
-EXPORT, IMPORT = {"export": ExportConfig()}, {"import": ImportConfig()}
-
-
 def export_tasks(config: ExportConfig) -> Path:
     """Write a pair a task as a JSON array; returns the file."""
-    output = config.output or config.run / "labels" / "label-studio.json"
-    require(not output.exists(), f"{output}: exists already; give another --output, or move it away")
-    require(config.pairs_per_prompt >= 1, f"--pairs-per-prompt {config.pairs_per_prompt}: must be at least 1")
-    source = config.candidates or config.run / "labels" / "candidates.jsonl"
-    require(source.is_file(), f"{source}: no such file; make it with `python -m minirlhf.feedback collect`")
-    tasks = make_tasks(
-        read_candidates(source),
-        mode="pairs",
-        pairs_per_prompt=config.pairs_per_prompt,
-        repeat_share=0.0,
-        labeller="label-studio",
-        seed=config.seed,
-    )
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = new_file(config.output or config.run / "labels" / "label-studio.json")
+    tasks = make_tasks(config, "label-studio")
     content = ",\n".join(json.dumps({"data": task_data(task)}, ensure_ascii=False) for task in tasks)
     write_text(output, f"[{content}]\n")
     print(f"{output}: {len(tasks)} tasks")
@@ -105,8 +79,7 @@ def import_labels(config: ImportConfig) -> Path:
     """Write the choices of an export as labels; returns the file."""
     if config.export is None:
         raise UserError("import: name the exported file with --export")
-    output = config.output or config.run / "labels" / "label-studio.jsonl"
-    require(not output.exists(), f"{output}: exists already; give another --output, or move it away")
+    output = new_file(config.output or config.run / "labels" / "label-studio.jsonl")
     labels, left_out = read_export(config.export)
     require(len(labels) > 0, f"{config.export}: no task in it is labelled")
     write_records(output, [label.record() for label in labels])
@@ -118,49 +91,41 @@ def read_export(path: Path) -> tuple[list[Label], Counter[str]]:
     """The labels in an export, and why tasks were left out; raises UserError with file:line for a bad one."""
     left_out: Counter[str] = Counter()
 
-    def parse(row: lines.Row) -> list[Label]:
+    def parse(row: Row) -> list[Label]:
         try:
             return _labels(row)
         except LeftOut as reason:
             left_out[str(reason)] += 1
             return []
 
-    return [label for labels in lines.read_lines(path, parse) for label in labels], left_out
+    return [label for labels in read_lines(path, parse) for label in labels], left_out
 
 
-def _labels(row: lines.Row) -> list[Label]:
+def _labels(row: Row) -> list[Label]:
     """A label for every choice that was made in a task."""
     form = next((form for form in LAYOUTS if form.fits(row)), None)
     if form is None:
         raise BadRow("not a task of Label Studio: it needs prompt, answer1 and answer2, under 'data' or by themselves")
-    task = row.get("data", row)
+    data = row.get("data", row)
     labels = []
     for pair in form.read(row, "pairs", "messages"):
-        left = pair["chosen"] == as_answer(text_of(task, "answer1"))
-        side = "left" if left else "right"
-        record = _source(task) if "source" in task else _texts(pair, left)
-        ranks = ranks_of(side, lines.whole_numbers(record, "shown", count=2))
-        who = {"verdict": side, "labeller": _name(pair.get("labeller"))}
-        labels.append(parse_label({**record, "ranks": list(ranks), **who}))
+        left, right = (as_answer(text_of(data, name)) for name in ("answer1", "answer2"))
+        task = _task(data) if "source" in data else Task(Candidates(pair["prompt"], (left, right)), (0, 1))
+        side = "left" if pair["chosen"] == left else "right"
+        labels.append(task.label(_name(pair.get("labeller")), ranks_of(side, task.shown)))
     return labels
 
 
-def _texts(pair: Record, left: bool) -> lines.Row:
-    sides = [pair["chosen"], pair["rejected"]]
-    return {"prompt": pair["prompt"], "responses": sides if left else sides[::-1], "shown": [0, 1]}
-
-
-def _source(task: lines.Row) -> lines.Row:
-    """The exact texts that `export_tasks` put into a task; raises BadRow where they are not those that were read."""
-    source = task["source"]
+def _task(data: Row) -> Task:
+    """The task that `export_tasks` put there; raises BadRow where its texts are not those that were read."""
+    source = data["source"]
     if not isinstance(source, dict):
         raise BadRow("'source' is not an object; export the tasks anew")
-    responses = lines.responses_of(source)
-    shown = lines.whole_numbers(source, "shown", count=2)
-    answers = [text_of(task, name).strip() for name in ("answer1", "answer2")]
-    if sorted(shown) != [0, 1] or [responses[i].strip() for i in shown] != answers:
+    task = Task(parse_candidates(source), values_of(source, "shown", 2))
+    texts = [text_of(data, name).strip() for name in ("answer1", "answer2")]
+    if sorted(task.shown) != [0, 1] or [answer.strip() for answer in task.answers] != texts:
         raise BadRow("'answer1' and 'answer2' are not the responses under 'source'; export the tasks anew")
-    return source
+    return task
 
 
 def _name(labeller: object) -> str:

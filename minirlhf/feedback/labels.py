@@ -1,6 +1,8 @@
-"""A label: what one person said about the responses to one prompt; and the file that keeps labels, one a line.
+"""Candidates and labels: the two records of feedback, one a line of their files, and their one parser.
 
-A line is a ranking record as training reads it (`prompt`, `responses`, `ranks`: 0 is best, equal ranks are ties) with
+Candidates are the answers to one prompt that can be compared: `prompt`, `responses` (at least two, no two alike), and
+where there are any `response_ids` (the tokens as they were sampled) and `sources`. A label adds what one person or
+machine says about them. It is a ranking record as training reads it (`ranks`: 0 is best, equal ranks are ties) with
 
     labeller        who
     verdict         left, right (of two), ranked, tie, bad (both or all of them), skip (says nothing)
@@ -9,7 +11,7 @@ A line is a ranking record as training reads it (`prompt`, `responses`, `ranks`:
     item            names prompt and responses, in whatever order they come
     scores          by which a reward model ranked, in the order of the responses
     orders          a judge's probability that the one it read first is better, as displayed and in reverse order
-    note, seconds, sources, response_ids        where there are any
+    note, seconds   where there are any
 
 so `train_reward.py --comparisons labels.jsonl` works as it is; a tie, bad or skip has equal ranks and trains nothing.
 """
@@ -18,15 +20,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from minirlhf.data.formats import BadRow, describe, text_of
-from minirlhf.feedback import lines
+from minirlhf.data.containers import Bad
+from minirlhf.data.formats import BadRow, describe, find, text_of
+from minirlhf.data.readers import read_source
+from minirlhf.runtime import UserError, require
 
+R = TypeVar("R")
+Row = dict[str, Any]
 VERDICTS = ("left", "right", "ranked", "tie", "bad", "skip")
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Responses to one prompt that can be compared; ids and sources where they are known."""
+
+    prompt: str
+    responses: tuple[str, ...]
+    response_ids: tuple[list[int], ...] | None = None
+    sources: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -54,8 +71,8 @@ class Label:
 
     def record(self) -> dict[str, Any]:
         """The label as a line of its file; what is not known is left out."""
-        known = {name: value for name, value in vars(self).items() if value is not None and value != ""}
-        return {"item": self.item, **known}
+        given = {name: value for name, value in vars(self).items() if value is not None and value != ""}
+        return {"item": self.item, **given}
 
 
 def item_id(prompt: str, responses: Sequence[str]) -> str:
@@ -64,79 +81,157 @@ def item_id(prompt: str, responses: Sequence[str]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
+def ranks_of(verdict: str, shown: Sequence[int]) -> tuple[int, ...]:
+    """The ranks that a verdict on two responses means, and of a verdict that prefers none of any number."""
+    if verdict in ("left", "right"):
+        best = shown[verdict == "right"]
+        return tuple(int(i != best) for i in range(2))
+    return (0,) * len(shown)
+
+
+def verdict_of(ranks: Sequence[int], shown: Sequence[int]) -> str:
+    """The verdict that ranks mean, where they prefer any: a side of two, else ranked; a tie where all are equal."""
+    if len(set(ranks)) == 1:
+        return "tie"
+    return "ranked" if len(ranks) > 2 else ("left", "right")[ranks[shown[0]]]
+
+
+# -------------------------------------------------------------------------------------------------------------- reading
+def new_file(path: Path) -> Path:
+    """The path of a file to be written; raises UserError where one stands there, since labels are dear."""
+    require(not path.exists(), f"{path}: exists already; give another --output, or move it away")
+    return path
+
+
+def read_lines(path: Path, parse: Callable[[Row], R]) -> list[R]:
+    """`parse` of every object in a JSON Lines file or JSON array.
+
+    Raises UserError with file, line and reason of the first object that is not JSON or that `parse` refuses (BadRow).
+    """
+    content = read_source(Path(path), "", ())
+    values, bad = [], list(content.bad)
+    for row in content.rows:
+        try:
+            if not isinstance(row.value, dict):
+                raise BadRow("not a JSON object; each line must hold one")
+            values.append(parse(row.value))
+        except BadRow as error:
+            bad.append(Bad(row.place, str(error)))
+    if bad:
+        first = min(bad, key=lambda one: int(one.place.rpartition(":")[2]))
+        raise UserError(f"{first} (bad lines: {len(bad)}; nothing was read)")
+    require(len(values) > 0, f"{path}: holds no records")
+    return values
+
+
+def read_candidates(path: Path) -> list[Candidates]:
+    """The candidates in a file that `collect` or the simulated labeller wrote; raises UserError with file:line."""
+    return read_lines(path, parse_candidates)
+
+
 def read_labels(path: Path) -> list[Label]:
     """The labels of a file; raises UserError with file:line and reason for the first that is not one.
 
     Rankings and pairs of other origin are labels too (the simulated labeller's, or `prompt`, `chosen`, `rejected`):
     what they do not tell stays unknown. The verdict follows from the ranks, the labeller is "unknown" where unnamed.
     """
-    return lines.read_lines(path, parse_label)
+    return read_lines(path, parse_label)
 
 
-def parse_label(row: lines.Row) -> Label:
+def parse_candidates(row: Row) -> Candidates:
+    """The candidates of one record, a label's too; raises BadRow where they cannot be compared."""
+    prompt, responses = text_of(row, "prompt"), texts_of(row, "responses")
+    if len(responses) < 2:
+        raise BadRow(f"{len(responses)} responses; a comparison needs at least 2")
+    if len(set(responses)) < len(responses):
+        raise BadRow("two responses are the same text")
+    ids = None if row.get("response_ids") is None else values_of(row, "response_ids", len(responses))
+    sources = texts_of(row, "sources", len(responses)) if "sources" in row else None
+    return Candidates(prompt, responses, ids, sources)
+
+
+def parse_label(row: Row) -> Label:
     """One label; raises BadRow where it contradicts itself or is not one."""
     if "chosen" in row and "responses" not in row:
         row = {**row, "responses": [row["chosen"], text_of(row, "rejected")], "ranks": [0, 1]}
-    prompt, responses = text_of(row, "prompt"), lines.responses_of(row)
-    count = len(responses)
-    ranks = lines.whole_numbers(row, "ranks", count=count)
+    compared = parse_candidates(row)
+    count = len(compared.responses)
+    find(row, "ranks")
+    sizes = {"ranks": count, "shown": count, "scores": count, "orders": 2}
+    lists: dict[str, Any] = {name: values_of(row, name, size) for name, size in sizes.items() if name in row}
+    ranks, shown = lists["ranks"], lists.get("shown")
     if sorted(set(ranks)) != list(range(len(set(ranks)))):
         raise BadRow(f"'ranks' {list(ranks)} leave a rank out; count 0 for the best, then 1, and so on")
-    verdict = text_of(row, "verdict") if "verdict" in row else ("tie" if len(set(ranks)) == 1 else "ranked")
-    shown = lines.whole_numbers(row, "shown", count=count) if "shown" in row else None
     if shown is not None and sorted(shown) != list(range(count)):
         raise BadRow(f"'shown' {list(shown)} must name each of the {count} positions once, from 0")
+    verdict = text_of(row, "verdict") if "verdict" in row else ("tie" if len(set(ranks)) == 1 else "ranked")
     _check_verdict(verdict, ranks, shown)
-    label = Label(
-        prompt,
-        responses,
-        ranks,
-        verdict,
-        labeller=_not_blank(row, "labeller", "unknown"),
-        shown=shown,
-        repeat=_flag(row, "repeat"),
-        note=text_of(row, "note") if "note" in row else "",
-        seconds=lines.number_of(row, "seconds"),
-        sources=lines.texts_of(row, "sources", count=count) if "sources" in row else None,
-        response_ids=lines.response_ids_of(row, count),
-        scores=lines.numbers_of(row, "scores", count=count) if "scores" in row else None,
-        orders=lines.two_shares_of(row, "orders") if "orders" in row else None,
-    )
+    given: dict[str, Any] = {name: row[name] for name in ("repeat", "seconds") if name in row}
+    given |= {name: text_of(row, name) for name in ("labeller", "note") if name in row}
+    label = Label(**vars(compared), **lists, **{"labeller": "unknown", "verdict": verdict, **given})
+    if not label.labeller.strip():
+        raise BadRow("the field 'labeller' is blank")
+    if not isinstance(label.repeat, bool):
+        raise BadRow(f"the field 'repeat' is {describe(label.repeat)}, not true or false")
+    if label.seconds is not None and not (_is_number(label.seconds) and label.seconds >= 0):
+        raise BadRow(f"the field 'seconds' is {describe(label.seconds)}, not a number of 0 or more")
     if row.get("item", label.item) != label.item:
         raise BadRow(f"'item' is {row['item']!r}, but this prompt and these responses are {label.item!r}")
     return label
 
 
-def ranks_of(verdict: str, shown: Sequence[int]) -> tuple[int, ...]:
-    """The ranks that a verdict on two responses means, and of a verdict that prefers none of any number."""
-    if verdict in ("left", "right"):
-        best = shown[0] if verdict == "left" else shown[1]
-        return tuple(int(i != best) for i in range(2))
-    return (0,) * len(shown)
-
-
 def _check_verdict(verdict: str, ranks: tuple[int, ...], shown: tuple[int, ...] | None) -> None:
     if verdict not in VERDICTS:
         raise BadRow(f"the verdict is {verdict!r}; it must be one of {', '.join(VERDICTS)}")
-    if verdict in ("left", "right") and (len(ranks) != 2 or shown is None):
+    sided = verdict in ("left", "right")
+    if sided and (len(ranks) != 2 or shown is None):
         raise BadRow(f"the verdict {verdict!r} needs two responses and 'shown', the order they were shown in")
-    if verdict == "ranked":
-        agrees = len(set(ranks)) > 1
-    else:
-        agrees = ranks == ranks_of(verdict, shown or range(len(ranks)))
+    agrees = ranks == ranks_of(verdict, shown or ()) if sided else (verdict == "ranked") == (len(set(ranks)) > 1)
     if not agrees:
         raise BadRow(f"the verdict {verdict!r} and the ranks {list(ranks)} contradict each other")
 
 
-def _not_blank(row: lines.Row, name: str, default: str) -> str:
-    text = text_of(row, name) if name in row else default
-    if not text.strip():
-        raise BadRow(f"the field {name!r} is blank")
-    return text
+def list_of(row: Row, name: str, count: int | None = None) -> list[Any]:
+    """A list, of `count` values where given; raises BadRow."""
+    values = row[find(row, name)]
+    if not isinstance(values, list):
+        raise BadRow(f"the field {name!r} is {describe(values)}, not a list")
+    if count is not None and len(values) != count:
+        raise BadRow(f"{name!r} has {len(values)} values for {count} responses")
+    return values
 
 
-def _flag(row: lines.Row, name: str) -> bool:
-    value = row.get(name, False)
-    if not isinstance(value, bool):
-        raise BadRow(f"the field {name!r} is {describe(value)}, not true or false")
-    return value
+def texts_of(row: Row, name: str, count: int | None = None) -> tuple[str, ...]:
+    """A list of texts, `count` of them where given; raises BadRow."""
+    values = list_of(row, name, count)
+    return tuple(text_of({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values))
+
+
+def values_of(row: Row, name: str, count: int) -> tuple[Any, ...]:
+    """A list of `count` values of the kind that goes by this name; raises BadRow."""
+    values = list_of(row, name, count)
+    good, words = KINDS[name]
+    if not all(good(value) for value in values):
+        raise BadRow(f"{name!r} must be {words}")
+    return tuple(values)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
+
+
+# What the values of a list must be, and that in words.
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "ranks": (_is_count, "whole numbers of 0 or more"),
+    "shown": (_is_count, "whole numbers of 0 or more"),
+    "scores": (_is_number, "numbers"),
+    "orders": (lambda value: _is_number(value) and 0 <= value <= 1, "probabilities, from 0 to 1"),
+    "response_ids": (
+        lambda ids: isinstance(ids, list) and all(map(_is_count, ids)),
+        "a list of token ids for each response",
+    ),
+}

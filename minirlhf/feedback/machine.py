@@ -7,73 +7,54 @@
 
 All of them answer the questions that people with the same --seed are asked, and write the same file of labels, by
 default `<run>/labels/<labeller>.jsonl`: `stats --labels labels.jsonl reward-model.jsonl` tells how they agree.
+The models and how they are asked stand in `minirlhf/evaluate/judges.py`, which evaluation asks too.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from minirlhf.config import Count, Seed, Settings
+from minirlhf.batch import Example, pad
+from minirlhf.config import Count, Finite, Fraction, NotNegative, Smoothing
+from minirlhf.encode import Record, encode_comparison
+from minirlhf.evaluate.judges import JudgeModel, ModelFolder, RewardScorer
 from minirlhf.feedback.agreement import order_bias
-from minirlhf.feedback.candidates import read_candidates
-from minirlhf.feedback.labels import Label
-from minirlhf.feedback.tasks import Mode, Task, make_tasks
+from minirlhf.feedback.labels import Label, new_file
+from minirlhf.feedback.tasks import Mode, Task, TaskConfig, make_tasks
 from minirlhf.files import write_records
-from minirlhf.runtime import require
+from minirlhf.model import GPT
+from minirlhf.reward import RewardModel
+from minirlhf.runtime import UserError, resolve_device
+from minirlhf.world import TEMPERATURE, Labeller
+
+TASKS = 64  # scored at a time
+Ask = Callable[[Sequence[Task]], Iterable[Label]]
+Question = tuple[str, str, str]  # prompt, the answer read first, the other
 
 
 @dataclass
-class Config(Settings):
-    run: Path = Path("runs/tiny")
-    """Folder of the run; reads and writes `<run>/labels`."""
-    candidates: Path | None = None
-    """What to label: candidates, or rankings; by default `<run>/labels/candidates.jsonl`."""
+class MachineConfig(TaskConfig):
     output: Path | None = None
     """File of labels, by default `<run>/labels/<labeller>.jsonl`; an existing one is never overwritten."""
     labeller: str = "machine"
     """Name in the labels."""
-    pairs_per_prompt: Count = 1
-    """Pairs asked about each prompt, where pairs are asked about."""
     max_items: Count = 100_000
     """Label at most this many."""
-    seed: Seed = 0
-    """Seed of the choice and order of tasks and answers."""
+    mode: Mode = "pairs"
+    """`pairs` of answers, or `rankings` of all answers to a prompt, by a judge of two from K (K-1) questions."""
 
 
-@dataclass(frozen=True)
-class Opinion:
-    """What a machine says about one task: `ranks` in the order of the responses, or None where it says nothing.
-
-    scores  of the responses;  orders  q in the order of display and in the reverse one (see `judge_model`)
-    """
-
-    ranks: tuple[int, ...] | None
-    scores: tuple[float, ...] | None = None
-    orders: tuple[float, float] | None = None
-
-
-Ask = Callable[[Sequence[Task]], Iterable[Opinion]]
-
-
-def label_by_machine(config: Config, mode: Mode, ask: Ask) -> Path:
+def label_by_machine(config: MachineConfig, ask: Ask) -> Path:
     """Ask about all tasks and write the labels; returns their file."""
-    require(bool(config.labeller.strip()), "--labeller: give a name")
-    source = config.candidates or config.run / "labels" / "candidates.jsonl"
-    output = config.output or config.run / "labels" / f"{config.labeller}.jsonl"
-    require(source.is_file(), f"{source}: no such file; make it with `python -m minirlhf.feedback collect`")
-    require(not output.exists(), f"{output}: exists already; give another --output, or move it away")
-    tasks = make_tasks(
-        read_candidates(source),
-        mode=mode,
-        pairs_per_prompt=config.pairs_per_prompt,
-        repeat_share=0.0,  # it would say the same again
-        labeller=config.labeller,
-        seed=config.seed,
-    )[: config.max_items]
-    labels = [_label(task, opinion, config.labeller) for task, opinion in zip(tasks, ask(tasks), strict=True)]
+    tasks = make_tasks(config, config.labeller, mode=config.mode)[
+        : config.max_items
+    ]  # no repeats: they would be the same
+    output = new_file(config.output or config.run / "labels" / f"{config.labeller}.jsonl")
+    labels = list(ask(tasks))
     write_records(output, [label.record() for label in labels])
     skipped = sum(label.verdict == "skip" for label in labels)
     print(f"{output}: {len(labels)} labels" + (f", {skipped} of them skips: no verdict" if skipped else ""))
@@ -82,46 +63,180 @@ def label_by_machine(config: Config, mode: Mode, ask: Ask) -> Path:
     return output
 
 
-def opinion_of(orders: Sequence[tuple[float, float]], shown: Sequence[int], *, tie_margin: float) -> Opinion:
-    """The opinion of a judge that compared every pair of K responses in both orders.
+# ------------------------------------------------------------------------------------------------- the simulated people
+@dataclass
+class Simulated(MachineConfig):
+    labeller: str = "simulated"
+    """Name in the labels."""
+    temperature: NotNegative = TEMPERATURE
+    """In units of the judge's score: 0 always prefers the better answer."""
+    noise: Fraction = 0.0
+    """Probability that a label is reversed."""
+    length_bias: Finite = 0.0
+    """What a word more adds to an answer's score in the labeller's eyes."""
+
+
+def simulated(config: Simulated) -> Path:
+    """Label candidates by the simulated people of the embedded world, with noise and length bias as you set them.
+
+    python -m minirlhf.feedback label --by simulated --noise 0.1 --length-bias 0.02
+    """
+    people = Labeller(config.temperature, config.noise, config.length_bias, config.seed)
+
+    def ask(tasks: Sequence[Task]) -> Iterator[Label]:
+        for task in tasks:
+            try:
+                ranks = people.rank(task.candidates.prompt, task.candidates.responses, key=task.key[0])
+            except ValueError as error:
+                raise UserError(f"--by simulated: {error}") from error
+            yield task.label(config.labeller, ranks)
+
+    return label_by_machine(config, ask)
+
+
+# -------------------------------------------------------------------------------------------------------- reward models
+@dataclass
+class ByReward(MachineConfig):
+    labeller: str = "reward-model"
+    """Name in the labels."""
+    model: str | None = None
+    """Folder or hub name of the reward model, by default `<run>/reward/model`."""
+    micro_batch_tokens: Count = 8192
+    """Padded tokens a forward pass."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+
+
+def reward_model(config: ByReward) -> Path:
+    """Label candidates by a reward model: the answer with the higher score is better.
+
+    python -m minirlhf.feedback label --by reward-model --model runs/tiny/reward/model
+    """
+    source = config.model or str(config.run / "reward" / "model")
+    folder = ModelFolder.find(source, RewardModel, flag="--model")
+    scorer = RewardScorer(folder, resolve_device(config.device), config.micro_batch_tokens)
+
+    def ask(tasks: Sequence[Task]) -> Iterator[Label]:
+        for start in range(0, len(tasks), TASKS):
+            part = tasks[start : start + TASKS]
+            rows = [_answers(folder, task) for task in part]
+            every = [row for answers in rows for row in answers]
+            scores = iter(scorer.scores(pad(every)).tolist() if every else [])
+            for task, answers in zip(part, rows, strict=True):
+                yield by_scores(config.labeller, task, [next(scores) for _ in answers])
+
+    return label_by_machine(config, ask)
+
+
+def _answers(folder: ModelFolder, task: Task) -> list[Example]:
+    """The responses as the reward model reads them, sampled ids as they were sampled; none where one does not fit."""
+    record: Record = {name: value for name, value in vars(task.candidates).items() if value is not None}
+    record["ranks"] = range(len(task.shown))
+    comparison = encode_comparison(folder.encoding, record, max_length=folder.positions)
+    return comparison.examples if comparison and len(comparison.examples) == len(task.shown) else []
+
+
+def by_scores(labeller: str, task: Task, scores: Sequence[float]) -> Label:
+    """The label that ranks by score; equal scores tie, and no scores are a skip."""
+    levels = sorted(set(scores), reverse=True)
+    ranks = [levels.index(score) for score in scores]
+    return replace(task.label(labeller, ranks or None), scores=tuple(scores) or None)
+
+
+# ----------------------------------------------------------------------------------------------- judges of two answers
+@dataclass
+class PairsConfig(MachineConfig):
+    tie_margin: Smoothing = 0.0
+    """A tie where the probability that one is better is this close to 1/2."""
+
+
+@dataclass
+class ByJudge(PairsConfig):
+    labeller: str = "judge-model"
+    """Name in the labels."""
+    model: str | None = None
+    """Folder or hub name of the GPT-2 that judges, by default `<run>/judge/sft/model`."""
+    instruction: str = ""
+    """Text before every comparison: what a model is told that was not trained to judge."""
+    micro_batch_tokens: Count = 8192
+    """Padded tokens a forward pass."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to compute; auto takes a GPU where there is one."""
+
+
+def judge_model(config: ByJudge) -> Path:
+    """Label pairs by a language model as judge (RLAIF): a GPT-2 folder that says which of two answers is better.
+
+        python -m minirlhf.feedback pairs --form verdicts --held-out-share 0.1      # labels to worked comparisons
+        python train_sft.py --run runs/tiny/judge --model runs/tiny/sft/model \\
+            --train runs/tiny/labels/comparisons.jsonl --validation runs/tiny/labels/held-out.jsonl
+        python -m minirlhf.feedback label --by judge-model
+
+    It reads prompt and answers as in `comparison_text` and goes on with " A" or " B". Whoever has a liking for a place
+    answers differently in the other order, so every pair is asked in both orders and the two are averaged; more than
+    two answers are ranked by their mean probability of beating another one:
+
+        q(a, b) = P(" A") / (P(" A") + P(" B"))     with a shown as A and b as B
+        P(a is better than b) = (q(a, b) + 1 - q(b, a)) / 2
+
+    Log-probabilities of the verdict: Bai et al. 2022, "Constitutional AI", section 4.1. Both orders averaged: Lee et
+    al. 2023, "RLAIF", section 2.1. Left out: reasoning before the verdict, which needs a far larger model.
+    """
+    source = config.model or str(config.run / "judge" / "sft" / "model")
+    folder = ModelFolder.find(source, GPT, flag="--model")
+    judge = JudgeModel(folder, config.instruction, resolve_device(config.device), config.micro_batch_tokens)
+    cut = 0
+
+    def preferred(questions: Sequence[Question]) -> list[float]:
+        nonlocal cut
+        shares, cut = judge.ask(questions)
+        return shares
+
+    output = label_by_machine(config, lambda tasks: by_pairs(config, tasks, preferred))
+    if cut:
+        print(f"{cut} comparisons lost their start to fit the judge's {folder.positions} tokens")
+    return output
+
+
+def by_pairs(
+    config: PairsConfig,
+    tasks: Sequence[Task],
+    preferred: Callable[[Sequence[Question]], Iterable[float | None]],
+) -> Iterator[Label]:
+    """Labels of a judge that is asked every pair of a task's answers, as they are shown and with the two exchanged.
+
+    preferred  probability that the answer read first is the better one, None where the judge does not say
+    """
+    questions = [
+        (task.candidates.prompt, one, other)
+        for task in tasks
+        for both in itertools.combinations(task.answers, 2)
+        for one, other in (both, both[::-1])
+    ]
+    shares = iter(preferred(questions))
+    for task in tasks:
+        given = list(itertools.islice(shares, len(task.shown) * (len(task.shown) - 1)))
+        spoken = [share for share in given if share is not None]
+        orders = list(zip(spoken[::2], spoken[1::2], strict=False))
+        yield by_orders(config, task, orders) if spoken == given else task.label(config.labeller, None)
+
+
+def by_orders(config: PairsConfig, task: Task, orders: Sequence[tuple[float, float]]) -> Label:
+    """The label of a judge that compared every pair of K responses in both orders.
 
     orders  for each pair (first, second) of places on display: q(first, second) and q(second, first) of `judge_model`
     The rank is by the sum of the probabilities of beating each of the others, Borda's count; a probability within
     `tie_margin` of 1/2 is taken for 1/2. Equal sums tie.
     """
-    beats = [0.0] * len(shown)
-    for (i, j), (q, back) in zip(itertools.combinations(range(len(shown)), 2), orders, strict=True):
+    count = len(task.shown)
+    beats = [0.0] * count
+    for (i, j), (q, back) in zip(itertools.combinations(task.shown, 2), orders, strict=True):
         first_is_better = (q + 1 - back) / 2
-        if abs(first_is_better - 0.5) <= tie_margin:
+        if abs(first_is_better - 0.5) <= config.tie_margin:
             first_is_better = 0.5
         beats[i] += first_is_better
         beats[j] += 1 - first_is_better
-    points = [round(beats[shown.index(response)], 9) for response in range(len(shown))]  # sums may differ by rounding
-    levels = sorted(set(points), reverse=True)
-    ranks = tuple(levels.index(value) for value in points)
-    if len(shown) == 2:
-        return Opinion(ranks, orders=orders[0])
-    return Opinion(ranks, scores=tuple(value / (len(shown) - 1) for value in points))
-
-
-def _label(task: Task, opinion: Opinion, labeller: str) -> Label:
-    count = len(task.shown)
-    ranks = (0,) * count if opinion.ranks is None else opinion.ranks
-    if opinion.ranks is None:
-        verdict = "skip"
-    elif len(set(ranks)) == 1:
-        verdict = "tie"
-    else:
-        verdict = ("right", "left")[ranks[task.shown[0]] == 0] if count == 2 else "ranked"
-    return Label(
-        task.candidates.prompt,
-        task.candidates.responses,
-        ranks,
-        verdict,
-        labeller=labeller,
-        shown=task.shown,
-        scores=opinion.scores,
-        orders=opinion.orders,
-        sources=task.candidates.sources,
-        response_ids=task.candidates.response_ids,
-    )
+    label = by_scores(config.labeller, task, [round(points, 9) for points in beats])  # sums may differ by rounding
+    if count == 2:
+        return replace(label, scores=None, orders=orders[0])
+    return replace(label, scores=tuple(points / (count - 1) for points in label.scores or ()))

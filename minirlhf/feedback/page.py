@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+from minirlhf.data.formats import text_of
 from minirlhf.feedback.session import Session
 from minirlhf.runtime import UserError
 
@@ -100,10 +101,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Press a key in the state that the page shows; 409 with the new state where it has changed since."""
-        size = self.headers.get("Content-Length", "")
+        size, origin = self.headers.get("Content-Length", ""), f"http://{self.server.host}"
         if self._place() != "press":
             self._refuse(HTTPStatus.NOT_FOUND)
-        elif self.headers.get("Origin", f"http://{self.server.host}") != f"http://{self.server.host}":
+        elif self.headers.get("Origin", origin) != origin:
             self._refuse(HTTPStatus.FORBIDDEN)
         elif not size.isdecimal() or int(size) > LARGEST:
             self._refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
@@ -113,10 +114,10 @@ class Handler(BaseHTTPRequestHandler):
     def _press(self, body: bytes) -> None:
         try:
             values = json.loads(body)
-            version, key, note = values["version"], values["key"], values["note"]
+            version, key, note = values["version"], text_of(values, "key"), text_of(values, "note")
+            if type(version) is not int:
+                raise TypeError
         except (ValueError, KeyError, TypeError):
-            version = key = note = None
-        if not (type(version) is int and isinstance(key, str) and isinstance(note, str) and _encodable(note)):
             self._refuse(HTTPStatus.BAD_REQUEST)
             return
         session = self.server.session
@@ -157,7 +158,3 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Requests are not logged: their paths hold the token."""
-
-
-def _encodable(text: str) -> bool:
-    return not any("\ud800" <= c <= "\udfff" for c in text)

@@ -23,8 +23,8 @@ from typing import Literal
 
 from minirlhf.config import Fraction, Seed, Settings
 from minirlhf.encode import Record, pairs_from_ranks, split_by_prompt
+from minirlhf.evaluate.judges import VERDICTS, comparison_text
 from minirlhf.feedback.agreement import first_labels
-from minirlhf.feedback.judge_model import worked_comparisons
 from minirlhf.feedback.labels import Label, read_labels
 from minirlhf.files import write_records
 from minirlhf.runtime import require
@@ -51,9 +51,6 @@ class Config(Settings):
     """File to write, by default `<run>/labels/comparisons.jsonl`; made anew each time."""
     seed: Seed = 0
     """Seed of the split."""
-
-
-PRESETS = {"pairs": Config()}
 
 
 def main(config: Config) -> Path:
@@ -83,6 +80,16 @@ def _write(file: Path, records: Sequence[Record], form: Form) -> None:
     write_records(file, records)
 
 
+def worked_comparisons(record: Record) -> list[Record]:
+    """Demonstrations of verdicts for `train_sft.py`: every pair of a ranking in both orders; ties teach nothing."""
+    texts = record["responses"]
+    return [
+        {"prompt": comparison_text(record["prompt"], texts[a], texts[b]), "response": verdict}
+        for better, worse in pairs_from_ranks(record["ranks"])
+        for a, b, verdict in ((better, worse, VERDICTS[0]), (worse, better, VERDICTS[1]))
+    ]
+
+
 def training_records(labels: Sequence[Label], *, form: Form, ties: Ties) -> list[Record]:
     """Ranking records for training, in the order of the labels; see the head of this file."""
     records = join_pairs(first_labels(labels))
@@ -103,42 +110,42 @@ def join_pairs(labels: Sequence[Label]) -> list[Record]:
         groups[label.labeller, label.prompt, single].append(label)
     records = []
     for group in groups.values():
-        joined = _ranking_of(group) if len(group) > 1 else None
-        records += [_record(label) for label in group] if joined is None else [joined]
+        ranks = _ranks_from(group)
+        if ranks is None:
+            records += [_record([label], dict(zip(label.responses, label.ranks, strict=True))) for label in group]
+        else:
+            records.append(_record(group, ranks))
     return records
 
 
-def _record(label: Label) -> Record:
-    record = {"prompt": label.prompt, "responses": list(label.responses), "ranks": list(label.ranks)}
-    return {**record, **_known(label.labeller, sources=label.sources, response_ids=label.response_ids)}
+def _record(group: Sequence[Label], ranks: dict[str, int]) -> Record:
+    """A ranking of the texts in `ranks`, with the columns that all labels of the group have."""
+    first = group[0]
+    record = {"prompt": first.prompt, "responses": list(ranks), "ranks": list(ranks.values())}
+    record["labeller"] = first.labeller
+    for name in ("sources", "response_ids"):
+        if all(getattr(label, name) is not None for label in group):
+            values = {t: v for label in group for t, v in zip(label.responses, getattr(label, name), strict=True)}
+            record[name] = [values[text] for text in ranks]
+    return record
 
 
-def _known(labeller: str, **columns: Sequence[object] | None) -> Record:
-    return {"labeller": labeller, **{name: list(values) for name, values in columns.items() if values is not None}}
-
-
-def _ranking_of(group: Sequence[Label]) -> Record | None:
-    """The ranking that makes exactly these labels; None where a pair is missing or they contradict each other."""
+def _ranks_from(group: Sequence[Label]) -> dict[str, int] | None:
+    """The ranks that make exactly these labels of pairs; None where a pair is missing or they contradict each other."""
     texts = list(dict.fromkeys(text for label in group for text in label.responses))
-    if len(group) != len(texts) * (len(texts) - 1) // 2:
+    if len(group) == 1 or len(group) != len(texts) * (len(texts) - 1) // 2:
         return None
     points = dict.fromkeys(texts, 0)  # 2 for a win, 1 for a tie
     for label in group:
         for text, rank in zip(label.responses, label.ranks, strict=True):
             points[text] += 2 - 2 * rank if len(set(label.ranks)) > 1 else 1
     levels = sorted(set(points.values()), reverse=True)
-    rank_of = {text: levels.index(points[text]) for text in texts}
+    ranks = {text: levels.index(points[text]) for text in texts}
     for label in group:
-        (one, two), (mine, theirs) = label.ranks, (rank_of[text] for text in label.responses)
+        (one, two), (mine, theirs) = label.ranks, (ranks[text] for text in label.responses)
         if (mine > theirs) - (mine < theirs) != one - two:
             return None
-    columns = {}
-    for name in ("sources", "response_ids"):
-        if all(getattr(label, name) is not None for label in group):
-            values = {t: v for label in group for t, v in zip(label.responses, getattr(label, name), strict=True)}
-            columns[name] = [values[text] for text in texts]
-    ranking = {"prompt": group[0].prompt, "responses": texts, "ranks": [rank_of[text] for text in texts]}
-    return {**ranking, **_known(group[0].labeller, **columns)}
+    return ranks
 
 
 def _tied_pairs(record: Record, form: Form) -> list[Record]:

@@ -9,16 +9,16 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from minirlhf.feedback.label_file import LabelFile
-from minirlhf.feedback.labels import Label, ranks_of
 from minirlhf.feedback.tasks import Task
 from minirlhf.runtime import require
 
 MOST = 9  # responses that have a digit of their own
 VERDICT_KEYS = {"t": "tie", "b": "bad", "s": "skip"}
-SIDES = {"1": "left", "2": "right", "left": "left", "right": "right"}
+SIDES = {"1": 0, "2": 1, "left": 0, "right": 1}
 
 
 class Session:
@@ -40,9 +40,9 @@ class Session:
         self.message, self.version = "", 0
         self._places = {task.key: i for i, task in enumerate(self.tasks)}
         self._began, self._saved = clock(), 0
-        own = [label for label in file.labels if label.labeller == labeller]
-        self._done = {(label.item, label.repeat) for label in own}
-        self._skipped = {label.item for label in own if label.verdict == "skip"}
+        mine = [label for label in file.labels if label.labeller == labeller]
+        self._done = {(label.item, label.repeat) for label in mine}
+        self._skipped = {label.item for label in mine if label.verdict == "skip"}
         self._go_on()
 
     # -------------------------------------------------------------------------------------------------------- the task
@@ -86,70 +86,50 @@ class Session:
             self.message = "all done; u undoes the last label"
             return
         if key in VERDICT_KEYS:
-            self._save(task, VERDICT_KEYS[key], ranks_of(VERDICT_KEYS[key], task.shown))
-            return
-        act = self._choose if len(task.shown) == 2 else self._pick
-        act(task, key)
-
-    def _choose(self, task: Task, key: str) -> None:
-        if key in SIDES:
-            self._save(task, SIDES[key], ranks_of(SIDES[key], task.shown))
+            self._save(task, [list(range(len(task.shown)))], VERDICT_KEYS[key])
+        elif len(task.shown) == 2 and key in SIDES:
+            self._save(task, [[SIDES[key]], [1 - SIDES[key]]])
+        elif len(task.shown) > 2 and (key.isdecimal() or (key in ("=", "enter") and self.picked)):
+            self._pick(task, key)
         else:
             self.message = f"the key {key!r} does nothing here"
 
     def _pick(self, task: Task, key: str) -> None:
         """The next in a ranking."""
-        count = len(task.shown)
         taken = [i for level in self.picked for i in level]
-        left = [i for i in range(count) if i not in taken]
-        if key == "=" and self.picked:
+        left = [i for i in range(len(task.shown)) if i not in taken]
+        if key == "=":
             self._tie_next = True
             self.message = "the next one ties with the one before"
-        elif key == "enter" and self.picked:
-            self._finish_ranking(task, [*self.picked, left])
-        elif key.isdecimal() and int(key) - 1 in left:
-            self._place(int(key) - 1)
+        elif key == "enter":
+            self._save(task, [*self.picked, left])
+        elif int(key) - 1 in left:
+            if self._tie_next:
+                self.picked[-1].append(int(key) - 1)
+            else:
+                self.picked.append([int(key) - 1])
+            self._tie_next = False
+            places = " > ".join(" = ".join(str(i + 1) for i in level) for level in self.picked)
+            self.message = f"best first: {places}"
             if len(left) == 1:
-                self._finish_ranking(task, self.picked)
-        elif key.isdecimal() and int(key) - 1 in taken:
+                self._save(task, self.picked)
+        elif int(key) - 1 in taken:
             self.message = f"{key} has its place already; u takes the last one back"
         else:
             self.message = f"the key {key!r} does nothing here"
 
-    def _place(self, position: int) -> None:
-        if self._tie_next:
-            self.picked[-1].append(position)
-        else:
-            self.picked.append([position])
-        self._tie_next = False
-        self.message = "best first: " + " > ".join(" = ".join(str(i + 1) for i in level) for level in self.picked)
-
-    def _finish_ranking(self, task: Task, levels: list[list[int]]) -> None:
-        shown = task.shown
-        rank = {shown[position]: number for number, level in enumerate(levels) for position in level}
-        ranks = tuple(rank[i] for i in range(len(shown)))
-        self._save(task, "ranked" if len(set(ranks)) > 1 else "tie", ranks)
-
-    def _save(self, task: Task, verdict: str, ranks: tuple[int, ...]) -> None:
-        label = Label(
-            task.candidates.prompt,
-            task.candidates.responses,
-            ranks,
-            verdict,
-            labeller=self.labeller,
-            shown=task.shown,
-            repeat=task.repeat,
-            note=self.note,
-            seconds=round(self.clock() - self._shown_at, 1),
-            sources=task.candidates.sources,
-            response_ids=task.candidates.response_ids,
-        )
+    def _save(self, task: Task, levels: list[list[int]], verdict: str = "") -> None:
+        """Label the task by levels of displayed positions, best first."""
+        rank = {task.shown[position]: number for number, level in enumerate(levels) for position in level}
+        ranks = [rank[i] for i in range(len(task.shown))]
+        seconds = round(self.clock() - self._shown_at, 1)
+        label = replace(task.label(self.labeller, ranks, verdict=verdict), note=self.note, seconds=seconds)
         self.file.append(label)
         self._saved += 1
         self._done.add(task.key)
-        if verdict == "skip":
+        if label.verdict == "skip":
             self._skipped.add(label.item)
-        self.message = f"saved: {'both bad' if verdict == 'bad' and len(ranks) == 2 else verdict}"
+        self.message = f"saved: {'both bad' if verdict == 'bad' and len(ranks) == 2 else label.verdict}"
         self._go_on()
 
     def _undo(self) -> None:

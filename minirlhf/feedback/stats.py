@@ -9,7 +9,6 @@ Intervals hold 95 %. Of an item's labels by one labeller the first counts, and t
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from minirlhf.config import Settings
-from minirlhf.feedback.agreement import Share, between_labellers, order_bias, position_bias, self_agreement
+from minirlhf.feedback.agreement import between_labellers, order_bias, position_bias, self_agreement
 from minirlhf.feedback.labels import VERDICTS, Label, read_labels
 from minirlhf.feedback.strengths import NoStrengths, strengths
 from minirlhf.files import write_json
@@ -35,16 +34,12 @@ class Config(Settings):
     """JSON file for the numbers, written anew each time; by default they are printed only."""
 
 
-PRESETS = {"stats": Config()}
-
-
 def main(config: Config) -> dict[str, Any]:
     """Print the statistics; returns them."""
     files = config.labels or (config.run / "labels" / "labels.jsonl",)
     labels = [label for file in files for label in read_labels(file)]
     summary = summarise(labels)
     if config.output is not None:
-        config.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(config.output, summary)
     print(table(summary))
     return summary
@@ -54,7 +49,7 @@ def summarise(labels: Sequence[Label]) -> dict[str, Any]:
     """All statistics as plain values."""
     seconds = [label.seconds for label in labels if label.seconds is not None]
     try:
-        ratings, reason = [_rating(row) for row in strengths(labels)], ""
+        ratings, reason = strengths(labels), ""
     except NoStrengths as error:
         ratings, reason = [], str(error)
     return {
@@ -65,16 +60,13 @@ def summarise(labels: Sequence[Label]) -> dict[str, Any]:
         "notes": sum(bool(label.note) for label in labels),
         "median_seconds": float(np.median(seconds)) if seconds else None,
         "verdicts": _verdicts(labels),
-        "shown_first": {str(k): {**_plain(share), "chance": 1 / k} for k, share in position_bias(labels).items()},
+        "shown_first": {str(k): {**share.plain(), "chance": 1 / k} for k, share in position_bias(labels).items()},
         "order_bias": {
-            name: {"first": bias.first, "contradictions": _plain(bias.contradictions)}
+            name: {"first": bias.first, "contradictions": bias.contradictions.plain()}
             for name, bias in order_bias(labels).items()
         },
-        "self_agreement": {name: _plain(share) for name, share in self_agreement(labels).items()},
-        "agreement": [
-            {"labellers": list(found.labellers), **_plain(found.share), "kappa": _number(found.kappa)}
-            for found in between_labellers(labels)
-        ],
+        "self_agreement": {name: share.plain() for name, share in self_agreement(labels).items()},
+        "agreement": between_labellers(labels),
         "strengths": ratings,
         "no_strengths_because": reason,
     }
@@ -84,21 +76,6 @@ def _verdicts(labels: Sequence[Label]) -> dict[str, dict[str, int]]:
     counts = Counter((label.labeller, label.verdict) for label in labels)
     names = sorted({label.labeller for label in labels})
     return {name: {verdict: counts[name, verdict] for verdict in VERDICTS} for name in names}
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else value  # JSON has no nan
-
-
-def _plain(share: Share) -> dict[str, Any]:
-    return {"share": share.mean, "interval": list(share.interval), "of": share.of}
-
-
-def _rating(row: Any) -> dict[str, Any]:
-    ends = [row.strength - row.half, row.strength + row.half]
-    rating, low, high = row.elo
-    values = {"source": row.source, "comparisons": row.comparisons, "wins": row.wins}
-    return {**values, "strength": row.strength, "interval": ends, "elo": rating, "elo_interval": [low, high]}
 
 
 def table(summary: dict[str, Any]) -> str:
@@ -137,8 +114,9 @@ def _strength_table(summary: dict[str, Any]) -> list[str]:
     if not summary["strengths"]:
         return [f"no Bradley-Terry strengths of the sources: {summary['no_strengths_because']}"]
     width = max(20, *(len(row["source"]) + 2 for row in summary["strengths"]))
-    head = f"{'source':<{width}}{'compared':>9}{'wins':>7}{'strength':>10}{'95 % interval':>18}{'Elo':>7}{'95 %':>15}"
-    lines = [head]
+    lines = [
+        f"{'source':<{width}}{'compared':>9}{'wins':>7}{'strength':>10}{'95 % interval':>18}{'Elo':>7}{'95 %':>15}"
+    ]
     for row in summary["strengths"]:
         (low, high), (elo_low, elo_high) = row["interval"], row["elo_interval"]
         line = f"{row['source']:<{width}}{row['comparisons']:>9}{row['wins']:>7g}{row['strength']:>10.2f}"

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,33 +21,20 @@ from minirlhf.feedback.labels import Label
 ELO_MEAN, ELO_SCALE = 1500.0, 400.0
 
 
-@dataclass(frozen=True)
-class Strength:
-    """A source: its comparisons, its wins (ties count 1/2), and its strength (mean 0 over sources) -+ `half` (95 %)."""
-
-    source: str
-    comparisons: int
-    wins: float
-    strength: float
-    half: float
-
-    @property
-    def elo(self) -> tuple[float, float, float]:
-        """The rating, and the ends of its interval."""
-        return elo(self.strength), elo(self.strength - self.half), elo(self.strength + self.half)
-
-
 class NoStrengths(ValueError):
     """Labels from which no finite strengths follow; says why."""
 
 
 @dataclass(frozen=True)
 class Games:
-    """G comparisons of two sources: first and second (G,), the first's score 1, 1/2 or 0, and the prompt (cluster)."""
+    """G comparisons of two of S sources.
+
+    design  (G, S) 1 in the column of the first source, -1 in that of the second
+    score   (G,) the first's: 1, 1/2 or 0;  cluster  (G,) number of the prompt
+    """
 
     sources: list[str]
-    first: np.ndarray
-    second: np.ndarray
+    design: np.ndarray
     score: np.ndarray
     cluster: np.ndarray
 
@@ -61,29 +49,26 @@ def elo(strength: float) -> float:
     return ELO_MEAN + ELO_SCALE * strength / math.log(10)
 
 
-def expected_score(rating: float, other: float) -> float:
-    """The probability that a player rated `rating` beats one rated `other`: 1 / (1 + 10^((other - rating) / 400))."""
-    return 1 / (1 + 10 ** ((other - rating) / ELO_SCALE))
-
-
 def games_of(labels: Sequence[Label]) -> Games:
     """Every pair of responses of different sources in the labellers' first labels."""
-    known = [(label, label.sources) for label in first_labels(labels) if label.sources is not None]
-    sources = sorted({source for _, answered in known for source in answered})
-    prompts = {prompt: i for i, prompt in enumerate(dict.fromkeys(label.prompt for label, _ in known))}
-    rows = []
-    for label, answered in known:
-        places = [sources.index(source) for source in answered]
-        for i, j in itertools.combinations(range(len(places)), 2):
-            if places[i] != places[j]:
-                score = 0.5 + 0.5 * np.sign(label.ranks[j] - label.ranks[i])
-                rows.append((places[i], places[j], score, prompts[label.prompt]))
-    first, second, score, cluster = np.array(rows, dtype=float).reshape(-1, 4).T
-    return Games(sources, first.astype(int), second.astype(int), score, cluster.astype(int))
+    answered = [(label, label.sources) for label in first_labels(labels) if label.sources is not None]
+    names = sorted({source for _, sources in answered for source in sources})
+    column = dict(zip(names, np.eye(len(names)), strict=True))
+    games = [
+        (column[one] - column[other], 0.5 + 0.5 * np.sign(other_rank - rank), label.prompt)
+        for label, sources in answered
+        for (one, rank), (other, other_rank) in itertools.combinations(zip(sources, label.ranks, strict=True), 2)
+        if one != other
+    ]
+    prompts = {prompt: number for number, prompt in enumerate(dict.fromkeys(prompt for *_, prompt in games))}
+    design = np.array([row for row, _, _ in games]).reshape(len(games), len(names))
+    score = np.array([score for _, score, _ in games])
+    return Games(names, design, score, np.array([prompts[prompt] for *_, prompt in games]))
 
 
-def strengths(labels: Sequence[Label]) -> list[Strength]:
-    """Maximum-likelihood strengths, best first.
+def strengths(labels: Sequence[Label]) -> list[dict[str, Any]]:
+    """Maximum-likelihood strengths, best first: each source with its comparisons, wins (ties count 1/2), strength
+    (mean 0 over sources) and Elo rating, both with their 95 % intervals.
 
     Newton's method on the concave log-likelihood; covariance F^+ (sum_c g_c g_c^T) F^+ C / (C - 1), with F the Fisher
     information and g_c the gradient from prompt c of C: pairs of one prompt are not independent, and the interval
@@ -92,54 +77,47 @@ def strengths(labels: Sequence[Label]) -> list[Strength]:
     against the rest: their strengths would be infinite (Ford 1957).
     """
     games = games_of(labels)
-    count, clusters = len(games.sources), len(set(games.cluster.tolist()))
     if not len(games.score):
         raise NoStrengths("no two sources were compared")
     if not _connected(games):
         raise NoStrengths("some sources only won or only lost against the others, or never met them")
+    clusters = int(games.cluster.max()) + 1
     if clusters < 2:
         raise NoStrengths("the labels are about one prompt alone")
-    values = fit(games)
-    design = _design(games)  # (G, S)
-    chance = 1 / (1 + np.exp(-design @ values))
-    inverse = _inverse_information(design, chance)
-    gradients = np.zeros((games.cluster.max() + 1, count))
-    np.add.at(gradients, games.cluster, design * (games.score - chance)[:, None])
+    values, score = fit(games), games.score[:, None]
+    chance = 1 / (1 + np.exp(-games.design @ values))
+    inverse = _inverse_information(games.design, chance)
+    gradients = np.zeros((clusters, len(games.sources)))
+    np.add.at(gradients, games.cluster, games.design * (score - chance[:, None]))
     covariance = inverse @ gradients.T @ gradients @ inverse * clusters / (clusters - 1)
-    half = Z * np.sqrt(np.diag(covariance).clip(min=0))
-    played = np.abs(design).sum(0).astype(int)
-    won = (design.clip(min=0) * games.score[:, None] + (-design).clip(min=0) * (1 - games.score)[:, None]).sum(0)
-    table = zip(games.sources, played.tolist(), won.tolist(), values.tolist(), half.tolist(), strict=True)
-    return sorted((Strength(*row) for row in table), key=lambda row: -row.strength)
+    halves = Z * np.sqrt(np.diag(covariance).clip(min=0))
+    played = np.abs(games.design).sum(0).astype(int)
+    won = (games.design.clip(min=0) * score + (-games.design).clip(min=0) * (1 - score)).sum(0)
+    rows = []
+    for source, count, wins, value, half in zip(games.sources, played, won, values, halves, strict=True):
+        ends = [float(value - half), float(value + half)]
+        row = {"source": source, "comparisons": int(count), "wins": float(wins), "strength": float(value)}
+        rows.append({**row, "interval": ends, "elo": elo(float(value)), "elo_interval": [elo(end) for end in ends]})
+    return sorted(rows, key=lambda row: -row["strength"])
 
 
 def fit(games: Games) -> np.ndarray:
     """(S,) strengths of mean 0 at which the log-likelihood is greatest; they must be finite (`_connected`)."""
-    design = _design(games)
     values = np.zeros(len(games.sources))
 
     def likelihood(at: np.ndarray) -> float:
-        gap = design @ at
+        gap = games.design @ at
         return float(-(games.score * np.logaddexp(0, -gap) + (1 - games.score) * np.logaddexp(0, gap)).sum())
 
     for _ in range(1000):
-        chance = 1 / (1 + np.exp(-design @ values))
-        step = _inverse_information(design, chance) @ (design.T @ (games.score - chance))
+        chance = 1 / (1 + np.exp(-games.design @ values))
+        step = _inverse_information(games.design, chance) @ (games.design.T @ (games.score - chance))
         while likelihood(values + step) < likelihood(values) - 1e-12:
             step = step / 2
         values = values + step
         if np.abs(step).max() < 1e-10:
             return values - values.mean()
     raise NoStrengths("the strengths did not converge; one source hardly ever lost or won")
-
-
-def _design(games: Games) -> np.ndarray:
-    """(G, S): 1 in the column of the first source, -1 in that of the second."""
-    rows = np.arange(len(games.score))
-    design = np.zeros((len(rows), len(games.sources)))
-    design[rows, games.first] = 1
-    design[rows, games.second] = -1
-    return design
 
 
 def _inverse_information(design: np.ndarray, chance: np.ndarray) -> np.ndarray:
@@ -154,9 +132,8 @@ def _inverse_information(design: np.ndarray, chance: np.ndarray) -> np.ndarray:
 
 def _connected(games: Games) -> bool:
     """Whether every source reaches every other by a chain of wins or ties."""
-    reach = np.eye(len(games.sources), dtype=bool)
-    reach[games.first[games.score > 0], games.second[games.score > 0]] = True
-    reach[games.second[games.score < 1], games.first[games.score < 1]] = True
+    first, second, score = games.design > 0, games.design < 0, games.score[:, None]
+    reach = np.eye(len(games.sources)) + first.T @ (second * (score > 0)) + second.T @ (first * (score < 1))
     for _ in games.sources:
-        reach = reach | (reach.astype(int) @ reach.astype(int) > 0)
+        reach = (reach @ reach > 0).astype(float)
     return bool(reach.all())

@@ -11,16 +11,31 @@ import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from minirlhf.batch import permutation
+from minirlhf.config import Count, Seed, Settings
 from minirlhf.data.formats import ASSISTANT, HUMAN
-from minirlhf.feedback.candidates import Candidates
-from minirlhf.feedback.labels import item_id
-from minirlhf.runtime import Stream
+from minirlhf.feedback.labels import Candidates, Label, item_id, read_candidates, verdict_of
+from minirlhf.runtime import Stream, require
 
 Mode = Literal["pairs", "rankings"]
 APART = 5  # an item is asked again after at least so many others, where there are as many
+
+
+@dataclass
+class TaskConfig(Settings):
+    """What every command that asks about candidates is told."""
+
+    run: Path = Path("runs/tiny")
+    """Folder of the run; reads and writes `<run>/labels`."""
+    candidates: Path | None = None
+    """What to label: candidates, or the simulated labeller's rankings; by default `<run>/labels/candidates.jsonl`."""
+    pairs_per_prompt: Count = 1
+    """Pairs asked about each prompt, where pairs are. More prompts teach more than more pairs of one."""
+    seed: Seed = 0
+    """Seed of the choice and order of tasks and answers."""
 
 
 @dataclass(frozen=True)
@@ -49,39 +64,49 @@ class Task:
         """The responses in the order of display."""
         return [self.candidates.responses[i] for i in self.shown]
 
+    def label(self, labeller: str, ranks: Sequence[int] | None, *, verdict: str = "") -> Label:
+        """What a labeller says about this task: `ranks` of the responses, or None for a skip.
 
-def make_tasks(
-    candidates: Sequence[Candidates],
-    *,
-    mode: Mode,
-    pairs_per_prompt: int,
-    repeat_share: float,
-    labeller: str,
-    seed: int,
-) -> list[Task]:
-    """All tasks of a labeller, in order.
+        verdict  of ranks that are all equal, where it is not a tie; of others it follows from the ranks
+        """
+        ranks, verdict = ((0,) * len(self.shown), "skip") if ranks is None else (tuple(ranks), verdict)
+        return Label(
+            **vars(self.candidates),
+            ranks=ranks,
+            verdict=verdict or verdict_of(ranks, self.shown),
+            labeller=labeller,
+            shown=self.shown,
+            repeat=self.repeat,
+        )
+
+
+def make_tasks(config: TaskConfig, labeller: str, *, mode: Mode = "pairs", repeat_share: float = 0.0) -> list[Task]:
+    """All tasks of a labeller, in order; raises UserError where there are no candidates.
 
     mode              "pairs": `pairs_per_prompt` pairs of each prompt's responses; "rankings": all of them at once
     repeat_share      repeats per first label: 0.1 asks one item again after every ten
     labeller          labellers see the same items in orders of their own
     """
-    key = (seed, Stream.LABELLER, zlib.crc32(labeller.encode()))
-    items = list(candidates) if mode == "rankings" else _pairs(candidates, pairs_per_prompt, seed)
+    require(bool(labeller.strip()), "--labeller: give a name")
+    source = config.candidates or config.run / "labels" / "candidates.jsonl"
+    require(source.is_file(), f"{source}: no such file; make it with `python -m minirlhf.feedback collect`")
+    items = read_candidates(source)
+    if mode == "pairs":
+        items = _pairs(items, config.pairs_per_prompt, config.seed)
+    key = (config.seed, Stream.LABELLER, zlib.crc32(labeller.encode()))
     unique = {item_id(item.prompt, item.responses): item for item in items}
     items = list(unique.values())
     order = permutation(len(items), *key, 0)
-
-    def due(fresh_tasks: int) -> int:
-        return int(fresh_tasks * repeat_share + 1e-9)  # 30 times a tenth is 3, whatever the last digit says
-
+    fresh = [Task(items[i], tuple(permutation(len(items[i].responses), *key, 1, i))) for i in order]
+    repeats = [int(number * repeat_share + 1e-9) for number in range(len(fresh) + 1)]  # 30 times a tenth is 3
     tasks: list[Task] = []
-    fresh: list[Task] = []
-    for number, i in enumerate(order):
-        shown = tuple(permutation(len(items[i].responses), *key, 1, i))
-        fresh.append(Task(items[i], shown))
-        tasks.append(fresh[-1])
-        if due(number + 1) > due(number):
-            again = _to_repeat(fresh, tasks, (*key, 2, number))
+    for number, task in enumerate(fresh):
+        tasks.append(task)
+        if repeats[number + 1] > repeats[number]:
+            repeated = {task.key[0] for task in tasks if task.repeat}
+            earlier = fresh[: max(0, number + 1 - APART)] or fresh[:number]
+            able = [task for task in earlier if task.key[0] not in repeated]
+            again = [able[i] for i in permutation(len(able), *key, 2, number)[:1]]
             tasks += [Task(task.candidates, task.shown[::-1], repeat=True) for task in again]
     return tasks
 
@@ -97,11 +122,3 @@ def _pairs(candidates: Sequence[Candidates], count: int, seed: int) -> list[Cand
             sources = None if c.sources is None else (c.sources[i], c.sources[j])
             pairs.append(Candidates(c.prompt, (c.responses[i], c.responses[j]), ids, sources))
     return pairs
-
-
-def _to_repeat(fresh: list[Task], tasks: list[Task], key: tuple[int, ...]) -> list[Task]:
-    """One task that was not asked again yet, and not among the last few; none where all were."""
-    asked_again = {task.key[0] for task in tasks if task.repeat}
-    recent = fresh[-APART:] if len(fresh) > APART else fresh[-1:]
-    able = [task for task in fresh if task.key[0] not in asked_again and task not in recent]
-    return [able[i] for i in permutation(len(able), *key)[:1]]

@@ -8,7 +8,7 @@ import select
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import zip_longest
 
 from minirlhf.feedback.session import Session
@@ -103,27 +103,16 @@ def page(session: Session, width: int) -> list[str]:
     left = "" if progress["minutes_left"] is None else f", about {progress['minutes_left']:.0f} min left"
     rate = f"   {progress['rate']:.0f} a minute{left}" if progress["rate"] else ""
     lines = [f"{progress['done']} of {progress['total']}{rate}", "", *wrap(task.question, width), ""]
-    answers = [wrap(text.strip() or "(empty)", answer_width(task.answers, width)) for text in task.answers]
-    titles = [f"[{i}]" for i in range(1, len(answers) + 1)]
-    columns = [[title, *answer] for title, answer in zip(titles, answers, strict=True)]
-    if side_by_side(answers, width):
-        space = answer_width(task.answers, width)
-        lines += [f"{a:<{space}}  |  {b}".rstrip() for a, b in zip_longest(*columns, fillvalue="")]
+    beside = len(task.answers) == 2 and width >= NARROW
+    room = (width - 5) // 2 if beside else width
+    columns = [[f"[{i}]", *wrap(text.strip() or "(empty)", room)] for i, text in enumerate(task.answers, 1)]
+    if beside:
+        lines += [f"{a:<{room}}  |  {b}".rstrip() for a, b in zip_longest(*columns, fillvalue="")]
     else:
         lines += [line for column in columns for line in (*column, "")]
-    keys = PAIR_KEYS if len(answers) == 2 else RANKING_KEYS.format(count=len(answers))
+    keys = PAIR_KEYS if len(columns) == 2 else RANKING_KEYS.format(count=len(columns))
     note = [f"note: {printable(session.note)}"] if session.note else []
     return [*lines, "", *wrap(keys, width), *wrap(OTHER_KEYS, width), *note, printable(session.message), ""]
-
-
-def side_by_side(answers: Sequence[object], width: int) -> bool:
-    """Whether there are two answers and room for both."""
-    return len(answers) == 2 and width >= NARROW
-
-
-def answer_width(answers: Sequence[object], width: int) -> int:
-    """Columns of the screen for an answer."""
-    return (width - 5) // 2 if side_by_side(answers, width) else width
 
 
 def wrap(text: str, width: int) -> list[str]:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import json
 import os
-import queue
 import re
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -134,22 +134,19 @@ def commit_of(name: str, revision: str | None, *, kind: str, advice: str) -> str
 
 def _in_time(ask: Callable[[], Any], seconds: float) -> Any:
     """What `ask` answers; raises TimeoutError after `seconds`, where a silent name server would take longer."""
-    answers: queue.SimpleQueue[tuple[Any, Exception | None]] = queue.SimpleQueue()
+    answer: Future[Any] = Future()
 
     def run() -> None:
         try:
-            answers.put((ask(), None))
+            answer.set_result(ask())
         except Exception as error:  # raised again below
-            answers.put((None, error))
+            answer.set_exception(error)
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        answer, error = answers.get(timeout=seconds)
-    except queue.Empty:
+        return answer.result(timeout=seconds)
+    except TimeoutError:
         raise TimeoutError(f"no answer in {seconds:g} seconds; HF_HUB_ETAG_TIMEOUT=30 waits longer") from None
-    if error is not None:
-        raise error
-    return answer
 
 
 def first_line(error: Exception) -> str:

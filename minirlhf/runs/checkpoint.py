@@ -369,7 +369,7 @@ def require_writable(folder: Path, *, flag: str = "--run") -> None:
 
 
 @contextlib.contextmanager
-def only_writer(folder: Path) -> Iterator[None]:
+def only_writer(folder: Path, *, flag: str = "--run") -> Iterator[None]:
     """Inside, no other process writes `folder`; raises UserError that names the process which does.
 
     The lock is the operating system's, on a file beside the folder: it ends with the process, however that ends, so no
@@ -383,7 +383,7 @@ def only_writer(folder: Path) -> Iterator[None]:
     except Timeout as error:
         with contextlib.suppress(Damaged, OSError):
             pid = read(holder, str)
-        raise UserError(f"{folder}: process {pid} is writing there; wait for its end or give another --run") from error
+        raise UserError(f"{folder}: process {pid} is writing there; wait for its end or give another {flag}") from error
     with lock:
         try:
             holder.unlink(missing_ok=True)  # a link there is not followed

@@ -3,9 +3,8 @@
 Of P parameters in training and F frozen ones, all float32, and a micro-batch of T padded tokens in L layers of C
 channels, the memory is at most about (docs/scaling.md counts it)
 
-    16 P + 12 P + 4 F + (64 or 38) T L C + logits        bytes: weights, gradients and Adam's moments; the copy that an
-                                                         interruption falls back on; frozen weights; activations in
-                                                         float32 or bfloat16, of one model at a time
+    16 P + 4 F + (64 or 38) T L C + logits        bytes: weights, gradients and Adam's moments; frozen weights;
+                                                  activations in float32 or bfloat16, of one model at a time
 
 and the time, with 2 P' operations a token forward and 4 P' backward (P': without the table of positions),
 
@@ -36,7 +35,6 @@ from minirlhf.runtime import autocast, require, resolve_compute
 
 FIRST = {"cuda": 65_536}  # padded tokens with which `auto` begins
 FIRST_ELSEWHERE = 4096  # where the memory is the system's own
-REFUSALS = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
 LEVERS = ("micro_batch_tokens", "batch_size", "rollout_size")
 
 
@@ -57,17 +55,6 @@ def require_number_for_several(config: Any) -> None:
     """Raise UserError where several processes are to find it: the others would wait for one that starts again."""
     alone = distributed.world_size() == 1
     require(alone or not is_auto(config), "--micro-batch-tokens auto: is for one process; give several a number")
-
-
-def may_try_again(error: Exception, config: Any, tokens: int) -> bool:
-    """True where a step that ended with `error` may start again with half of its micro-batch of `tokens`."""
-    return is_auto(config) and tokens > 1 and is_out_of_memory(error)
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was refused, on any device; the CPU's allocator raises a plain RuntimeError."""
-    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
-    return known or (isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSALS))
 
 
 def explain_memory(config: Any, tokens: int) -> str:
@@ -209,7 +196,7 @@ def memory_bytes(plan: Plan, config: Any, device: torch.device, dtype: torch.dty
     tokens, head = micro_batch(plan, config, device), plan.trained[0]
     kept = max(activations(s, tokens, dtype, checkpointed=config.gradient_checkpointing) for s in plan.trained)
     logits = 3 * 4 * min(tokens * head.vocab_size, MAX_LOGITS)  # with their logarithms and the gradient
-    return 28 * trained + 4 * frozen + half + kept + logits
+    return 16 * trained + 4 * frozen + half + kept + logits
 
 
 def operations(plan: Plan, config: Any) -> float:

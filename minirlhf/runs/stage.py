@@ -7,14 +7,16 @@
         return stage.show(plan)                           # says what would be done
     with stage.begin(state, steps=total_steps):           # fills `state` from the newest checkpoint
         while state.step < total_steps:
-            ...                                           # the step itself stands in the script
+            for attempt in stage.attempts():              # again with smaller micro-batches where memory runs out
+                with attempt as max_tokens:
+                    train_step(..., max_tokens=max_tokens)
             stage.finish(step, metrics, tokens=...)       # a row in the log, and a checkpoint where one is due
         stage.save(model, encoding, objective="...")      # leaving the block marks the stage finished
 
-A step is done when its row is written. Whatever ends the process before (a signal, an error, no more memory) drops the
-unfinished step: just before the first optimizer step within it the state is copied, and that copy is what is saved.
-The copy is as large as a checkpoint and lives from there to the end of the training step, when no activations do.
-Of several processes all hold the state, and one writes.
+A training step (an iteration of PPO) is done when its row is written. A signal that stops the process acts at once
+until the first optimizer step within it, and the last finished step is saved. From there to `finish` the state is that
+of no step, so the signal waits, and the run saves and stops after this step; a second one ends the process at once. An
+error in between saves nothing. Of several processes all hold the state and one writes; they stop after the same step.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ import contextlib
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import tiktoken
 import torch
-from torch import nn
 from torch.optim import Optimizer
 
 from minirlhf import distributed, tokenizer
@@ -41,10 +43,10 @@ from minirlhf.reward import RewardModel
 from minirlhf.runs import checkpoint
 from minirlhf.runs import plan as planning
 from minirlhf.runs.card import write_model_card
-from minirlhf.runs.checkpoint import MARKER, DiskFull, Manifest, Parts
+from minirlhf.runs.checkpoint import MARKER, DiskFull, Manifest
 from minirlhf.runs.health import HINTS, Hints
 from minirlhf.runs.log import LOGS, RunLog, Value, read_rows, require_tracker, versions
-from minirlhf.runtime import DivergenceError, UserError, held_signals, require
+from minirlhf.runtime import DivergenceError, Interrupted, SignalGate, UserError, is_out_of_memory, require
 
 KEPT = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
 
@@ -65,7 +67,8 @@ class Stage:
         self.inputs, self.models = inputs, models
         self.root = self.folder / "checkpoints"
         self.done = self.saved = 0  # steps that are finished, and how many of them the newest checkpoint holds
-        self._undo: Parts | None = None  # the state before the unfinished step, once that has changed it
+        self._updates = 0  # optimizer steps within the training step; from the first the state is that of no step
+        self._gate = SignalGate(f"{name}: stopping after this step; once more to leave at once")
         self._quality: float | None = None
         planning.require_number_for_several(config)
         require_tracker(getattr(config, "track", None))
@@ -135,7 +138,7 @@ class Stage:
         except (RuntimeError, MemoryError) as error:
             way = "take a smaller model or another --device"
             require(
-                not planning.is_out_of_memory(error),
+                not is_out_of_memory(error),
                 f"{self.folder.name}: out of memory for the optimizer's moments; {way}",
             )
             raise
@@ -192,66 +195,70 @@ class Stage:
             require(not other, f"{self.folder.name}: process {other} and process 0 would not train the same: {same}")
 
     def __enter__(self) -> Self:
-        kept = self._optimizers if distributed.is_writer() else []
-        self._hooks = [optimizer.register_step_pre_hook(self._before_update) for optimizer in kept]
+        self._hooks = [optimizer.register_step_pre_hook(lambda *_: self.hold()) for optimizer in self._optimizers]
+        if distributed.world_size() > 1:  # a process that stops alone would leave the others waiting
+            self._gate.close()
         return self
 
-    def _before_update(self, *_: object) -> None:
-        """Keep the state before the first optimizer step within a training step."""
-        if self._undo is None:
-            with held_signals():
-                self._undo = checkpoint.parts(self.state).clone()
+    def hold(self) -> None:
+        """From here to `finish` the state is that of no step, and signals wait; called before each optimizer step."""
+        self._gate.close()
+        self._updates += 1
 
     @property
     def micro_batch_tokens(self) -> int:
         """Padded tokens a forward pass; with `--micro-batch-tokens auto`, as many as have been found to fit."""
         return planning.micro_batch_tokens(self.config, self.state)
 
-    @contextlib.contextmanager
-    def attempt(self) -> Iterator[int]:
-        """A training step within a loop that comes again while the step is not done; gives `micro_batch_tokens`.
+    def attempts(self) -> Iterator[AbstractContextManager[int]]:
+        """Attempts at one optimizer step, each a context that gives `micro_batch_tokens`, until one comes to its end.
 
-        Where `--micro-batch-tokens` is `auto` and memory runs out, the state is again what it was before the step, and
-        the next attempt has half as many tokens a forward pass. The gradient is the same whatever their number.
+        Where `--micro-batch-tokens` is `auto` and memory runs out before the optimizer steps, the next attempt has half
+        as many tokens a forward pass. The gradient is the same whatever their number.
         """
-        tokens, done = self.micro_batch_tokens, self.done
+        tokens = 0
+        while tokens != self.micro_batch_tokens:
+            tokens = self.micro_batch_tokens
+            yield self._attempt(tokens)
+
+    @contextlib.contextmanager
+    def _attempt(self, tokens: int) -> Iterator[int]:
+        updates = self._updates
         try:
             yield tokens
         except Exception as error:
-            if self.done > done or not planning.may_try_again(error, self.config, tokens):
+            again = planning.is_auto(self.config) and tokens > 1 and self._updates == updates
+            if not (again and is_out_of_memory(error)):
                 raise
+            self.state.fitted_tokens = tokens // 2
         else:
             return
-        self._halve(tokens)
-
-    def _halve(self, tokens: int) -> None:
-        """Put back the state from before the unfinished step, with half the micro-batch."""
-        with held_signals():
-            if self._undo is not None:
-                checkpoint.restore(self.state, self._undo)
-                self._undo = None
-            for value in vars(self.state).values():
-                if isinstance(value, nn.Module):
-                    value.zero_grad(set_to_none=True)
-            self.state.fitted_tokens = tokens // 2
         torch.clear_autocast_cache()
         print(f"{self.folder.name}: {tokens:,} tokens a forward pass do not fit, {tokens // 2:,} are tried", flush=True)
 
     def finish(self, step: int, metrics: Mapping[str, Value], *, tokens: int) -> None:
         """The step is done: write its row, and a checkpoint where one is due; `tokens` were processed in it."""
+        self.hold()
         values = {name: float(value) for name, value in metrics.items()}
-        if not distributed.is_writer():
-            self.done = step + 1
-            return
-        with held_signals():
+        if distributed.is_writer():
             self.log.row(step, values, tokens=tokens)
-            self.done, self._undo = step + 1, None
+        self.done, self._updates = step + 1, 0
+        if distributed.is_writer():
             for hint in self.hints.see({"step": step, **values}):
                 self.log.say(f"hint: {self.folder.name}, {hint}")
             name, direction = self.best or ("", "max")
             self._quality = values[name] * (1 if direction == "max" else -1) if name in values else None
             if self.state is not None and (self.done % self.checkpoint_every == 0 or self.done == self.steps):
                 self.save_checkpoint()
+        self._stop_where_asked()
+
+    def _stop_where_asked(self) -> None:
+        """Let a signal act that waited. In several processes it acts in all, and others wait until all is saved."""
+        if distributed.world_size() == 1:
+            self._gate.open()
+        elif number := int(distributed.all_max(torch.tensor(self._gate.waiting))):
+            self._gate.waiting = 0
+            raise Interrupted(number)
 
     def save_checkpoint(self) -> None:
         """Write a checkpoint of the last finished step."""
@@ -264,7 +271,7 @@ class Stage:
             versions=versions(),
             quality=self._quality,
         )
-        checkpoint.save(self.root, self._undo or checkpoint.parts(self.state), manifest)
+        checkpoint.save(self.root, checkpoint.parts(self.state), manifest)
         self.saved = self.done
 
     def __exit__(self, kind: object, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -275,19 +282,22 @@ class Stage:
         for hook in self._hooks:
             hook.remove()
         reason = self._explain(error) if error is not None else None
-        if distributed.is_writer():
-            self._close(error, reason)
-        if error is None:
-            distributed.barrier()  # the next stage may read what this one has written
-        elif reason is not None and reason is not error:
+        try:
+            if distributed.is_writer():
+                self._close(error, reason)
+            if error is None:
+                distributed.barrier()  # the next stage may read what this one has written
+                self._stop_where_asked()
+        finally:
+            self._gate.waiting = 0  # an error is what is reported
+            self._gate.open()
+        if reason is not error and reason is not None:
             raise reason from error
 
     def _close(self, error: BaseException | None, reason: BaseException | None) -> None:
         """Save the last finished step after an error, end the log, mark the stage finished where it is."""
         if error is not None and not isinstance(reason, DiskFull):
-            # Where another process has ended, torchrun's SIGTERM is on its way.
-            with held_signals() if isinstance(error, distributed.ProcessLost) else contextlib.nullcontext():
-                self._save_last()
+            self._save_last()
         self.log.close()
         if error is None:
             made, config = checkpoint.outputs(self.folder), checkpoint.plain(vars(self.config))
@@ -297,7 +307,7 @@ class Stage:
         """Save the last finished step on the way out of an error, which stays the one that is reported."""
         name = self.folder.name
         try:
-            if self.state is not None and self.done > self.saved:
+            if self.state is not None and self.done > self.saved and not self._updates:
                 self.save_checkpoint()
         except (UserError, OSError) as failure:
             print(f"{name}: step {self.done} could not be saved: {failure}", file=sys.stderr)
@@ -309,7 +319,7 @@ class Stage:
         where = f"{self.folder.name}, step {self.done}"
         if isinstance(error, DivergenceError):
             return DivergenceError(f"{where}: {error}")
-        if planning.is_out_of_memory(error):
+        if is_out_of_memory(error):
             return UserError(f"{where}: {planning.explain_memory(self.config, self.micro_batch_tokens)}")
         return checkpoint.disk_full(error, self.folder, self.nbytes) or error
 
