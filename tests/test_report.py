@@ -190,6 +190,7 @@ def test_the_verdict_and_the_numbers_behind_it(trace: list, answer: str, words: 
     found = read_run(run, "run")
     finding = over_optimised(found, found.of_kind("ppo")[0])
     assert finding.answer == answer and words in finding.why
+    assert ("Without a trace" in page_of(run).text) == (trace == [])
     assert finding.headline in page_of(run).text
 
 
@@ -222,6 +223,7 @@ def test_without_a_trace_a_judge_that_prefers_sft_is_enough(run: Path) -> None:
     (run / "summary.json").write_text(json.dumps(summary))
     text = page_of(run).text
     assert "PPO over-optimised." in text and "3 of 9 thresholds not met: PPO is better than SFT" in text
+    assert "Without a trace, only the first and the last model were judged" in text
     summary["models"] = {name: summary["models"][name] for name in ("sft", "ppo")}  # no other is needed for it
     (run / "summary.json").write_text(json.dumps(summary))
     text = page_of(run).text
