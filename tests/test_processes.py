@@ -325,6 +325,6 @@ def test_the_table_of_memory_follows_the_formulas_beside_it() -> None:
         config = GPTConfig(vocab_size=50257, n_positions=1024, n_layer=layers, n_head=heads, n_embd=channels)
         count = sum(p.numel() for p in GPT(config, seed=None).parameters())
         kept = 8192 * channels
-        sizes = [28 * count, 32 * count, 64 * count, 38 * kept * layers, kept * (4 * layers + 38)]
+        sizes = [16 * count, 20 * count, 40 * count, 38 * kept * layers, kept * (4 * layers + 38)]
         cells = [name, f"{count:,}", *(f"{size / 2**30:.1f}" for size in sizes)]
         assert f"| {' | '.join(cells)} |" in text

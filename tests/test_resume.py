@@ -31,7 +31,7 @@ from minirlhf.runs import checkpoint
 from minirlhf.runs import stage as stage_module
 from minirlhf.runs.log import read_rows
 from minirlhf.runs.stage import Stage
-from minirlhf.runtime import DivergenceError, Interrupted, UserError, held_signals, interruptible
+from minirlhf.runtime import DivergenceError, Interrupted, SignalGate, UserError, held_signals, interruptible
 
 MODULES = {"sft": train_sft, "reward": train_reward, "ppo": train_ppo, "dpo": train_dpo}
 NEEDS = {"sft": (), "reward": ("sft", "feedback"), "ppo": ("sft", "reward"), "dpo": ("sft", "feedback")}
@@ -343,6 +343,33 @@ def test_signals_wait_while_they_are_held() -> None:
         done.append("never")
     assert done == ["held"] and caught.value.number == signal.SIGTERM
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_while_a_signal_waits_a_second_leaves_at_once(tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    def work() -> None:
+        gate = SignalGate("stopping after this step")
+        gate.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+        gate.close()  # closed already
+        (tmp_path / "here").touch()
+        time.sleep(60)
+
+    process = forked(work, tmp_path / "errors")
+    wait_for(tmp_path / "here")
+    os.kill(process, signal.SIGHUP)
+    assert exit_code(process) == 128 + signal.SIGHUP
+    assert capfd.readouterr().err == "\nstopping after this step\n"
+
+
+def test_signals_that_are_ignored_stay_ignored() -> None:
+    """`nohup` lets a run go on without its terminal."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interruptible(), held_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:

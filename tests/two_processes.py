@@ -151,17 +151,16 @@ class Stop(Exception):
 
 
 def run(name: str, folder: Path, *, calls: int | None = None, **changes: Any) -> None:
-    """A stage of `tiny`, or what it does up to and with so many calls of its `train_step`."""
+    """A stage of `tiny`, or what it does before so many calls of its `train_step`."""
     count = 0
     step = MODULES[name].train_step
 
     def counted(*args: Any, **kwargs: Any) -> dict:
         nonlocal count
         count += 1
-        metrics = step(*args, **kwargs)
         if count == calls:
             raise Stop
-        return metrics
+        return step(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MODULES[name], "train_step", counted)
