@@ -227,6 +227,9 @@ def main(config: Config) -> dict[str, Any]:
     """Evaluate the run's SFT model, best-of-n, and the PPO and DPO models that it holds; returns the summary."""
     device = resolve_device(config.device)
     prompts = [r["prompt"] for r in data.load(config.prompts, "prompts")][: config.max_prompts]
+    for stage in ("sft", "reward"):
+        place = config.run / stage / "model"
+        require(place.is_dir(), f"{place}: no such folder; train with train_{stage}.py, or give another --run")
     trained = [stage for stage in ("ppo", "dpo") if (config.run / stage / "model").is_dir()]
     folders = {stage: ModelFolder.find(str(config.run / stage), GPT) for stage in ("sft", *trained)}
     scorer, sft = ModelFolder.find(str(config.run / "reward"), RewardModel), folders["sft"]
