@@ -72,6 +72,7 @@ class Parts:
         """Bytes of all tensors."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+
 def parts(state: object) -> Parts:
     """The parts of `state`, a dataclass; the tensors are the live ones, detached, the numbers are copies."""
     models = {name: value for name, value in vars(state).items() if isinstance(value, nn.Module)}
