@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import comparisons, data, distributed, tokenizer
-from minirlhf.batch import batch_indices, count_steps
+from minirlhf.batch import batch_indices, count_steps, over_micro_batches
 from minirlhf.bradley_terry import accuracy, bradley_terry_loss, davidson_loss, plackett_luce_loss
 from minirlhf.comparisons import Comparison
 from minirlhf.config import AtLeastTwo, Count, NotNegative, Positive, Share, Steps, TrainConfig, run_script
@@ -44,7 +44,7 @@ from minirlhf.hf.hub import model_or_earlier
 from minirlhf.model import GPT, read_config
 from minirlhf.optim import adamw, clip_gradients, linear_schedule, set_learning_rate
 from minirlhf.reward import RewardModel, response_scores
-from minirlhf.rollout import over_micro_batches, sample
+from minirlhf.rollout import sample
 from minirlhf.runs.plan import supervised_plan
 from minirlhf.runs.stage import Stage
 from minirlhf.runtime import Stream, autocast, project_file, require, require_finite, resolve_compute

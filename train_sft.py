@@ -24,14 +24,13 @@ import torch
 from torch import Tensor
 
 from minirlhf import data, distributed, tokenizer
-from minirlhf.batch import Batch, Example, batch_indices, count_steps, own_micro_batches, pad
+from minirlhf.batch import Batch, Example, batch_indices, count_steps, over_micro_batches, own_micro_batches, pad
 from minirlhf.config import Count, NotNegative, Positive, Share, Steps, TokenBudget, TrainConfig, run_script
 from minirlhf.encode import Record, encode_demonstrations, split_by_prompt
 from minirlhf.hf.hub import model_folder
 from minirlhf.model import GPT, GPTConfig, read_config
 from minirlhf.ops import masked_mean
 from minirlhf.optim import adamw, clip_gradients, cosine_schedule, set_learning_rate
-from minirlhf.rollout import over_micro_batches
 from minirlhf.runs.plan import supervised_plan
 from minirlhf.runs.stage import Stage
 from minirlhf.runtime import autocast, project_file, require, require_finite, resolve_compute

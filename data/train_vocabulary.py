@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
-import regex
+import regex  # tiktoken brings it
 
 from minirlhf.tokenizer import SPLIT_PATTERN, byte_symbols, write_ranks
 

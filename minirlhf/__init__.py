@@ -25,7 +25,7 @@ OLD_NAMES = {
 
 
 class _Renamed(importlib.machinery.SourceFileLoader):
-    """Loads a module by its old name: it is the module of the new name, not a copy."""
+    """A loader of modules by their old names: each is the module of the new name, not a copy."""
 
     def exec_module(self, module):
         sys.modules[module.__name__] = importlib.import_module(_new_name(module.__name__))

@@ -143,6 +143,32 @@ def fitting(function: Callable[[int], T], max_tokens: int) -> T:
     return fitting(function, max_tokens // 2)  # out here the error no longer holds the tensors of the pass
 
 
+@torch.no_grad()
+def over_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, max_tokens: int) -> Tensor:
+    """`function(batch)` computed in micro-batches, without gradient; a (B,) or (B, T-1) result, 0 beyond a row.
+
+    function  per-row: its result for a row must not depend on the other rows
+    Every process computes a share of the rows and returns the result for all of them. Where memory is refused the
+    micro-batches become smaller.
+    """
+
+    def own_rows(max_tokens: int) -> Tensor:
+        parts = own_micro_batches(batch.lengths, max_tokens)
+        first = function(batch.rows(parts[0] if parts else torch.tensor([0])))  # without rows: how a result looks
+        shape = (len(batch),) if first.ndim == 1 else (len(batch), batch.tokens.shape[1] - 1)
+        result = first.new_zeros(shape)
+        for number, part in enumerate(parts):
+            value = function(batch.rows(part)) if number else first
+            if value.ndim == 1:
+                result[part] = value
+            else:
+                result[part, : value.shape[1]] = value
+        return result
+
+    # Each row from one process, 0 from the others: nothing is rounded.
+    return distributed.all_sum(fitting(own_rows, max_tokens))
+
+
 def permutation(count: int, *key: int) -> list[int]:
     """A random order of `count` items that depends on the key alone, e.g. (seed, stream, epoch)."""
     return np.random.default_rng(key).permutation(count).tolist()

@@ -95,7 +95,7 @@ class Reply:
         self.text += self._bytes.decode(b"", final=True)
 
     def write(self, tokens: Iterator[int], pressed: list[int]) -> Iterator[str]:
-        """What is shown of the reply, after each token and at its end; Ctrl-C, once it is in `pressed`, ends it."""
+        """The text to show, after each token and at the end; Ctrl-C, once it is in `pressed`, ends the reply."""
         while not self.finished and not pressed and (token := next(tokens, None)) is not None:
             self.add(token)
             yield self.shown
@@ -215,7 +215,7 @@ class Chat:
 
 
 def say(text: str) -> None:
-    """What is not a reply, on standard error."""
+    """Print on standard error what is not a reply."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -232,8 +232,7 @@ def ctrl_c(handler: Callable[[int, Any], object]) -> Iterator[None]:
 @torch.no_grad()
 def score(model: RewardModel, speaker: Speaker, prompt: str, reply: Reply) -> float:
     """The reward model's score of a reply, of the ids as they were sampled; nan where there is none to score."""
-    longest = model.gpt.config.n_positions
-    row = encode_example(speaker.encoding, prompt, reply.text, max_length=longest, response_ids=reply.ids)
+    row = encode_example(speaker.encoding, prompt, reply.ids, max_length=model.gpt.config.n_positions)
     if row is None or not reply.ids:
         return math.nan
     batch = pad([row]).to(model.score.weight.device)

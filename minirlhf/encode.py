@@ -18,6 +18,7 @@ from minirlhf.comparisons import Comparison
 from minirlhf.runtime import Stream, require
 
 Record = dict[str, Any]
+Response = str | list[int]
 
 
 def encode_prompt(encoding: tiktoken.Encoding, prompt: str) -> list[int]:
@@ -32,30 +33,22 @@ def encode_prompts(encoding: tiktoken.Encoding, prompts: Sequence[str], *, max_l
     return [ids[-max_length:] for ids in every]
 
 
-def encode_example(
-    encoding: tiktoken.Encoding,
-    prompt: str,
-    response: str,
-    *,
-    max_length: int,
-    response_ids: list[int] | None = None,
-) -> Example | None:
+def encode_example(encoding: tiktoken.Encoding, prompt: str, response: Response, *, max_length: int) -> Example | None:
     """The one encoder: prompt and response tokenised apart and joined as ids, EOS after the response.
 
-    response_ids  ids of a sampled response, kept as they were sampled: a model may write a text in other pieces
-                  than the tokenizer would, and may have been cut off before its EOS.
+    response  a text, or ids that stay as they were sampled: a model may write a text in other pieces than the
+              tokenizer would, and may have been cut off before its EOS
     A row longer than max_length loses the prompt's first tokens. None where the response and one prompt token do
     not fit.
     """
-    if response_ids is None:
-        response_ids = encode_response(encoding, response)
+    response_ids = encode_response(encoding, response)
     room = max_length - len(response_ids)
     return _join(encode_prompt(encoding, prompt), response_ids, room) if room >= 1 else None
 
 
-def encode_response(encoding: tiktoken.Encoding, response: str) -> list[int]:
-    """Ids of a whole response: its text, then EOS."""
-    return [*tokenizer.encode(encoding, response), encoding.eot_token]
+def encode_response(encoding: tiktoken.Encoding, response: Response) -> list[int]:
+    """Ids of a whole response: its text, then EOS; ids are taken as they are."""
+    return [*tokenizer.encode(encoding, response), encoding.eot_token] if isinstance(response, str) else response
 
 
 def _join(prompt_ids: list[int], response_ids: list[int], room: int) -> Example:
@@ -107,11 +100,7 @@ def encode_comparison(
         responses, ranks = record["responses"], record["ranks"]
     else:
         responses, ranks = [record["chosen"], record["rejected"]], [0, 1]
-    known = record.get("response_ids", [None] * len(responses))
-    ids = [
-        encode_response(encoding, text) if sampled is None else sampled
-        for text, sampled in zip(responses, known, strict=True)
-    ]
+    ids = [encode_response(encoding, response) for response in record.get("response_ids") or responses]
     kept = [i for i, row in enumerate(ids) if 0 < len(row) < max_length]
     ranks = [ranks[i] for i in kept]
     pairs = pairs_from_ranks(ranks)

@@ -74,7 +74,7 @@ class Decoder:
     def __post_init__(self) -> None:
         self._check()
         weights, device, limit = self.model.wte.weight.dtype, self.model.wte.weight.device, self.limit
-        count, shape = len(self.prompts), self.model.config
+        count, config = len(self.prompts), self.model.config
         slots = min(self.slots or count, count)
         padded = pad([Example(list(prompt), []) for prompt in self.prompts]).to(device)
         self.padded, self.lengths = padded.tokens, padded.lengths
@@ -82,8 +82,8 @@ class Decoder:
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else weights
         capacity = int(self.lengths.max()) + limit - 1  # the last token is not fed back
-        layers, heads, head_size = shape.n_layer, shape.n_head, shape.n_embd // shape.n_head
-        self.cache = KVCache(layers, heads, head_size, slots=slots, capacity=capacity, dtype=dtype, device=device)
+        shape = (config.n_layer, 2, slots, config.n_head, capacity, config.n_embd // config.n_head)
+        self.cache = KVCache(shape, dtype=dtype, device=device)
         self.sampled = torch.zeros(count, limit + 1, dtype=torch.long, device=device)
         exact = torch.float64 if weights == torch.float64 else torch.float32
         self.logprobs = torch.zeros(count, limit + 1, dtype=exact, device=device)

@@ -21,24 +21,13 @@ class KVCache:
     and value at that slot's own `lengths[i]`, over whatever the padding left there. What lies beyond a slot's own
     length is hidden from it by an explicit key mask.
 
-    slots     rows that are decoded at a time, S
-    capacity  columns to allocate: the longest row that will ever be stored
+    shape     of the buffer: S rows that are decoded at a time, T columns, the longest row that will ever be stored
     dtype     of the keys, i.e. the autocast format where one is in force
     lengths   (S,) tokens of each row that the cache holds
     """
 
-    def __init__(
-        self,
-        n_layer: int,
-        n_head: int,
-        head_size: int,
-        *,
-        slots: int,
-        capacity: int,
-        dtype: torch.dtype,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        shape = (n_layer, 2, slots, n_head, capacity, head_size)
+    def __init__(self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
+        slots = shape[2]
         # Zeros: a hidden column has weight 0, but 0 * nan of uninitialised memory would be nan.
         self.buffer = torch.zeros(shape, dtype=dtype, device=device)
         self.lengths = torch.zeros(slots, dtype=torch.long, device=device)

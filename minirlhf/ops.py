@@ -200,3 +200,20 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
     """
     reverse = log_ratio(ref_logprobs, logprobs)  # log ref(y) / pi(y)
     return torch.expm1(reverse) - reverse
+
+
+@torch.no_grad()
+def sequence_kl(
+    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, denominator: float | Tensor | None = None
+) -> Tensor:
+    """KL(policy || reference) in nats a sequence, estimated on the policy's own samples.
+
+    KL = mean_b sum_t k1_{b,t}
+
+    Shapes: all (B, T-1) -> scalar, no gradient. `denominator` replaces B. Raises ValueError for other shapes, TypeError
+    for a mask that is not bool.
+    Trap: meant for fresh samples; after updates the recorded samples are no longer the policy's own.
+    """
+    check_mask(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
+    kl = select(kl_k1(logprobs, ref_logprobs), mask).sum(-1)  # (B,)
+    return mean(kl, denominator=denominator)

@@ -147,7 +147,7 @@ class AdaptiveKL:
         ops.check_positive(beta=self.beta, target=self.target, horizon=self.horizon)
 
     def update(self, kl: float | Tensor, n: int) -> None:
-        """Move `beta` after `n` episodes whose mean sequence KL was `kl` (see `sequence_kl`).
+        """Move `beta` after `n` episodes whose mean sequence KL was `kl` (see `ops.sequence_kl`).
 
         Raises ValueError for a kl that is not finite, for n <= 0 and for n of 5 horizons or more, where a low KL would
         make beta negative.
@@ -159,22 +159,6 @@ class AdaptiveKL:
             raise ValueError(f"n is {n} but horizon is {self.horizon}; update more often or raise the horizon")
         error = min(max(float(kl) / self.target - 1.0, -0.2), 0.2)  # float: a tensor would turn beta into one
         self.beta *= 1.0 + error * n / self.horizon
-
-
-@torch.no_grad()
-def sequence_kl(
-    logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, denominator: float | Tensor | None = None
-) -> Tensor:
-    """KL(policy || reference) in nats a sequence, estimated on the policy's own samples.
-
-    KL = mean_b sum_t k1_{b,t}
-
-    Shapes: all (B, T-1) -> scalar, no gradient. `denominator` replaces B. Errors as `kl_penalised_rewards`.
-    Trap: meant for fresh samples; after updates the recorded samples are no longer the policy's own.
-    """
-    ops.check_mask(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
-    kl = ops.select(ops.kl_k1(logprobs, ref_logprobs), mask).sum(-1)  # (B,)
-    return ops.mean(kl, denominator=denominator)
 
 
 @torch.no_grad()

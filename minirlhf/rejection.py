@@ -24,14 +24,13 @@ from typing import Literal
 import numpy as np
 
 from minirlhf import reward_functions
-from minirlhf.batch import permutation
+from minirlhf.batch import over_micro_batches, permutation
 from minirlhf.config import AtLeastTwo, Count, FolderName, SamplingConfig, run_script
 from minirlhf.encode import Record
 from minirlhf.evaluate.evaluation import best_of_n_kl
 from minirlhf.files import source_hash, write_records
 from minirlhf.generate import SLOTS, generate
 from minirlhf.model import GPT
-from minirlhf.rollout import over_micro_batches
 from minirlhf.runs.stage import Stage
 from minirlhf.runtime import Stream, require, require_finite, resolve_device
 from minirlhf.tokenizer import response_text

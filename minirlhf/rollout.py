@@ -15,8 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from minirlhf import distributed, ops, ppo
-from minirlhf.batch import Batch, Example, fitting, own_micro_batches, pad, permutation
+from minirlhf import distributed, ops
+from minirlhf.batch import Batch, Example, over_micro_batches, own_micro_batches, pad, permutation
 from minirlhf.generate import Samples, generate
 from minirlhf.model import GPT
 from minirlhf.reward import ValueModel
@@ -45,32 +45,6 @@ class Rollout(Batch):
     scores: Tensor
     sampling_gap: Tensor
     groups: Tensor
-
-
-@torch.no_grad()
-def over_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, max_tokens: int) -> Tensor:
-    """`function(batch)` computed in micro-batches, without gradient; a (B,) or (B, T-1) result, 0 beyond a row.
-
-    function  per-row: its result for a row must not depend on the other rows
-    Every process computes a share of the rows and returns the result for all of them. Where memory is refused the
-    micro-batches become smaller.
-    """
-
-    def own_rows(max_tokens: int) -> Tensor:
-        parts = own_micro_batches(batch.lengths, max_tokens)
-        first = function(batch.rows(parts[0] if parts else torch.tensor([0])))  # without rows: how a result looks
-        shape = (len(batch),) if first.ndim == 1 else (len(batch), batch.tokens.shape[1] - 1)
-        result = first.new_zeros(shape)
-        for number, part in enumerate(parts):
-            value = function(batch.rows(part)) if number else first
-            if value.ndim == 1:
-                result[part] = value
-            else:
-                result[part, : value.shape[1]] = value
-        return result
-
-    # Each row from one process, 0 from the others: nothing is rounded.
-    return distributed.all_sum(fitting(own_rows, max_tokens))
 
 
 def sample(
@@ -188,7 +162,7 @@ def rollout_metrics(rollout: Rollout) -> dict[str, Tensor]:
     mask = rollout.mask
     return {
         "score": rollout.scores.mean(),
-        "kl": ppo.sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, mask),
+        "kl": ops.sequence_kl(rollout.old_logprobs, rollout.ref_logprobs, mask),
         "score_std": rollout.scores.std(correction=0),
         "response_length": mask.sum(dim=1).float().mean(),
         "eos_rate": rollout.finished.float().mean(),

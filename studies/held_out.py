@@ -10,12 +10,11 @@ import project  # noqa: F401  first: it finds the package
 import torch
 
 from minirlhf import data, tokenizer
-from minirlhf.batch import Batch
+from minirlhf.batch import Batch, over_micro_batches
 from minirlhf.evaluate import evaluation
 from minirlhf.model import GPT
 from minirlhf.rejection import best_of_n_mean
 from minirlhf.reward import RewardModel
-from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import project_file
 from minirlhf.tokenizer import response_text
 

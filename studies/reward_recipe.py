@@ -19,13 +19,12 @@ from torch import Tensor
 
 import train_reward
 import train_sft
-from minirlhf.batch import Example, batch_indices, pad, steps_per_epoch
+from minirlhf.batch import Example, batch_indices, over_micro_batches, pad, steps_per_epoch
 from minirlhf.comparisons import Comparison
 from minirlhf.encode import Record, encode_example
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw, linear_schedule, set_learning_rate
 from minirlhf.reward import RewardModel
-from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import require
 
 CONTEXT = 1024  # tokens

@@ -229,7 +229,7 @@ CASES = [
         rows({"prompt": "p", "responses": ["a", "b"], "ranks": [0]}),
         PAIRS,
         1,
-        "lists of the same length",
+        "'ranks' has 1 values for 2 responses",
     ),
     (
         "ranks that are no whole numbers",

@@ -175,7 +175,7 @@ def test_every_token_of_a_long_text_is_predicted_once_after_the_one_before_it(te
 def test_sampled_ids_are_kept_as_they_were_sampled() -> None:
     # A response that was cut off has no EOS, and its pieces need not be the tokenizer's.
     pieces = [ENCODING.encode_ordinary(c)[0] for c in "lion"]
-    example = encode_example(ENCODING, "x", "lion", max_length=96, response_ids=pieces)
+    example = encode_example(ENCODING, "x", pieces, max_length=96)
     assert example.response_ids == pieces
 
 

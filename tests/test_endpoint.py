@@ -74,6 +74,13 @@ def many_headers(handler: Stub) -> None:
     handler.wfile.write(b"HTTP/1.0 200 OK\r\n" + b"X-More: more\r\n" * 100_000)
 
 
+def endless(handler: Stub) -> None:
+    handler.send_response(200)
+    handler.end_headers()
+    for handler.server.sent in range(1 << 16, 1 << 26, 1 << 16):
+        handler.wfile.write(b" " * (1 << 16))
+
+
 def silent(handler: Stub) -> None:
     time.sleep(0.5)
 
@@ -210,6 +217,13 @@ def test_a_busy_or_broken_server_is_asked_again(answer: Answer, stub, tmp_path: 
     assert failed["answer"] is None and failed["error"] and fine["answer"] and failed["key"] == fine["key"]
 
 
+def test_of_an_answer_without_end_the_start_is_read(stub, tmp_path: Path, waits: list) -> None:
+    stub.answers = [endless, good()]
+    make(stub, tmp_path, waits).first_token("Which?")
+    assert rows(tmp_path)[0]["error"] == f"an answer of more than {client.LARGEST} bytes"
+    assert stub.sent < 1 << 24  # the buffers of two sockets hold some of it
+
+
 def test_no_server_at_all(tmp_path: Path, waits: list) -> None:
     with CallLog(tmp_path / "calls.jsonl") as log:
         nobody = Endpoint(Config(url="http://127.0.0.1:9/v1", model="m", attempts=2), log, sleep=waits.append)
@@ -267,6 +281,13 @@ def test_a_server_without_log_probabilities(stub, tmp_path: Path, waits: list) -
     ):
         make(stub, tmp_path, waits).first_token("Which?")
     assert len(stub.requests) == 1
+
+
+@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\u00e9"])
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key: str, stub, tmp_path: Path, waits: list) -> None:
+    with pytest.raises(UserError, match="--key-variable: the key has a character") as error:
+        make(stub, tmp_path, waits, key=key)
+    assert KEY not in str(error.value)
 
 
 def test_no_other_key_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

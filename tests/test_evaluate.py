@@ -20,7 +20,7 @@ from minirlhf.evaluate.evaluation import PARTS, Evaluator, best_of_n_kl, bootstr
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
-from minirlhf.runtime import Stream
+from minirlhf.runtime import Stream, UserError
 from minirlhf.tokenizer import response_text
 from minirlhf.world import judge
 
@@ -251,3 +251,16 @@ def test_stages_that_have_not_run_are_left_out(tmp_path: Path) -> None:
     run = tiny.copy_of(tiny.finished_run(), tmp_path, "sft", "reward", "dpo")
     summary = evaluation.main(config_of(run, prompts=run / "prompts.jsonl", best_of=()))
     assert list(summary["models"]) == ["sft", "dpo"]
+
+
+def test_a_run_without_its_models_or_of_several_tokenizers_is_refused_in_words(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sft/model: no such folder; train with train_sft.py, or give another --run"):
+        evaluation.main(config_of(tmp_path))
+    run = tiny.copy_of(tiny.finished_run(), tmp_path / "run", "sft", "reward", "ppo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluation, "same_ids", lambda one, other: one is other)
+        with pytest.raises(UserError, match="reward/model: has not the tokenizer of .*sft/model"):
+            evaluation.main(config_of(run, prompts=run / "prompts.jsonl"))
+    (run / "reward").rename(run / "gone")
+    with pytest.raises(UserError, match=r"reward/model: no such folder; train with train_reward.py"):
+        evaluation.main(config_of(run, prompts=run / "prompts.jsonl"))

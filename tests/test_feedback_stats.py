@@ -178,6 +178,10 @@ def test_intervals_hold_what_they_say() -> None:
     "labels, words",
     [
         (games(("x", "y", 1, 9)), "only won or only lost"),
+        (
+            [Label(f"p{i}", (" a", " b"), (1, 0), "ranked", "x", sources=("x", "y")) for i in (0, 1)],
+            "only won or only lost",
+        ),
         (games(("x", "y", 1, 2), ("y", "x", 1, 2), ("u", "v", 1, 2), ("v", "u", 1, 2)), "never met"),
         (games(("x", "x", 1, 9)), "no two sources were compared"),
         ([pair(0, "left")], "no two sources were compared"),

@@ -365,7 +365,7 @@ def test_nothing_global_changes(training: bool) -> None:
 
 
 def test_slots_that_are_given_up_leave_the_buffer_where_it_is() -> None:
-    cache = KVCache(1, 1, 2, slots=5, capacity=3, dtype=torch.float32)
+    cache = KVCache((1, 2, 5, 1, 3, 2), dtype=torch.float32)
     cache.buffer.copy_(torch.arange(5.0)[:, None, None, None])
     cache.lengths.copy_(torch.tensor([1, 2, 1, 3, 2]))
     memory = cache.buffer.data_ptr()

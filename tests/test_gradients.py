@@ -186,5 +186,5 @@ def test_sequence_kl_has_the_kl_as_its_expectation(seed):
     policy, ref_policy = TablePolicy(seed), TablePolicy(seed + 1)
     logprobs, ref_logprobs = policy.logprobs().detach(), ref_policy.logprobs().detach()
     probabilities, ref_probabilities = sequence_probabilities(logprobs), sequence_probabilities(ref_logprobs)
-    rows = [ppo.sequence_kl(logprobs[[b]], ref_logprobs[[b]], MASK[[b]]) for b in range(len(TOKENS))]
+    rows = [ops.sequence_kl(logprobs[[b]], ref_logprobs[[b]], MASK[[b]]) for b in range(len(TOKENS))]
     close((probabilities * torch.stack(rows)).sum(), kl(probabilities, ref_probabilities))

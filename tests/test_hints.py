@@ -192,6 +192,14 @@ def test_the_first_three_iterations_are_the_measure_of_entropy_and_length(tmp_pa
     assert {name for _, name in hints("ppo", gone, tmp_path / "gone")} == {"entropy", "length"}
 
 
+def test_an_iteration_without_a_number_is_passed_over(tmp_path: Path) -> None:
+    """Online DPO logs no margin in an iteration without a pair; the others are judged as if it were not there."""
+    names = ("accuracy", "reward_chosen", "margin")
+    rows = [{**row, "reward_chosen": -4.0} if row["step"] >= late else row for row in healthy("dpo")]
+    gaps = [{"step": row["step"]} if row["step"] in (3, 31, 35) else row for row in rows]
+    assert hints("dpo", gaps, tmp_path) == [(39, "both-fall")] and set(names) <= rows[0].keys()
+
+
 def test_without_a_target_no_kl_is_beyond_it(tmp_path: Path) -> None:
     rows = [{**row, "kl": 50.0} for row in healthy("ppo")]
     assert hints("ppo", rows, tmp_path, kl_target=None) == []

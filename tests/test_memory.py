@@ -19,11 +19,10 @@ from test_resume import CHANGES, MODULES, Stop, exit_code, forked, new_run, stop
 
 from minirlhf import distributed, world
 from minirlhf import model as model_module
-from minirlhf.batch import Batch, Example, pad
+from minirlhf.batch import Batch, Example, over_micro_batches, pad
 from minirlhf.files import write_records
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel, ValueModel
-from minirlhf.rollout import over_micro_batches
 from minirlhf.runs import checkpoint, stage
 from minirlhf.runs.log import read_rows
 from minirlhf.runs.plan import FIRST_ELSEWHERE

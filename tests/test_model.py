@@ -115,7 +115,7 @@ def test_cached_decoding_is_the_full_forward() -> None:
     for row, length in enumerate(lengths.tolist()):
         prompts[row, length:] = 9 - row  # padding, which decoding has to write over
     full = gpt.hidden(tokens)
-    cache = KVCache(2, 2, 8, slots=4, capacity=11, dtype=torch.float64)
+    cache = KVCache((2, 2, 4, 2, 11, 8), dtype=torch.float64)
     cache.admit(torch.arange(4), lengths)
     prefill = gpt.hidden(prompts, cache)
     rows = torch.arange(4)
@@ -136,7 +136,7 @@ def test_cached_decoding_is_the_full_forward() -> None:
 
 def test_a_cache_has_its_own_lengths_and_takes_one_token_after_the_prompt() -> None:
     gpt, lengths = GPT(CONFIG), torch.tensor([2, 3])
-    cache = KVCache(2, 2, 8, slots=2, capacity=8, dtype=torch.float32)
+    cache = KVCache((2, 2, 2, 2, 8, 8), dtype=torch.float32)
     cache.admit(torch.arange(2), lengths)
     assert cache.buffer.shape == (2, 2, 2, 2, 8, 8)  # (n_layer, 2, B, H, T, D)
     gpt.hidden(random_tokens(2, 3), cache)

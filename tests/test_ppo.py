@@ -62,7 +62,7 @@ MASKED = {
     **PER_TOKEN,
     **TOKEN_MEANS,
     "ratio_deviation": call_metric(ppo.policy_diagnostics, "ratio_deviation"),
-    "sequence_kl": lambda case, denominator: ppo.sequence_kl(*case.inputs[:2], case.mask, denominator=denominator),
+    "sequence_kl": lambda case, denominator: ops.sequence_kl(*case.inputs[:2], case.mask, denominator=denominator),
     "explained_variance": lambda case, denominator: ppo.explained_variance(*case.inputs[:2], case.mask),
 }
 
@@ -205,7 +205,7 @@ def test_rewards_of_a_row_sum_to_the_score_less_beta_kl(case, beta):
     rewards = ppo.kl_penalised_rewards(case.scores, *case.inputs[:2], case.mask, beta=beta)
     kl = torch.where(case.mask, case.inputs[0] - case.inputs[1], 0.0).sum(1)
     close(rewards.sum(1), case.scores - beta * kl)
-    close(ppo.sequence_kl(*case.inputs[:2], case.mask), kl.mean())
+    close(ops.sequence_kl(*case.inputs[:2], case.mask), kl.mean())
 
 
 @given(padded(min_length=1))
@@ -605,8 +605,8 @@ def test_explained_variance_follows_its_definition(case):
 def test_sequence_kl_by_hand():
     # row 0: 1 + 2, row 1: -1; the mean over rows is 1 whatever their lengths
     logprobs, mask = double([1.0, 2.0, NAN], [NAN, -1.0, INF]), contiguous_mask([(0, 2), (1, 2)], 3)
-    assert ppo.sequence_kl(logprobs, torch.zeros_like(logprobs), mask).item() == 1.0
-    assert ppo.sequence_kl(logprobs, torch.zeros_like(logprobs), mask, denominator=4).item() == 0.5
+    assert ops.sequence_kl(logprobs, torch.zeros_like(logprobs), mask).item() == 1.0
+    assert ops.sequence_kl(logprobs, torch.zeros_like(logprobs), mask, denominator=4).item() == 0.5
 
 
 @pytest.mark.parametrize("function", [ppo.policy_diagnostics, ppo.value_diagnostics])
@@ -614,5 +614,5 @@ def test_diagnostics_carry_no_gradient(function):
     inputs = [normal(2, 3, seed=seed).requires_grad_() for seed in range(3)]
     mask = torch.ones(2, 3).bool()
     assert not any(value.requires_grad for value in function(*inputs, mask, clip=0.2).values())
-    assert not ppo.sequence_kl(*inputs[:2], mask).requires_grad
+    assert not ops.sequence_kl(*inputs[:2], mask).requires_grad
     assert not ppo.explained_variance(*inputs[:2], mask).requires_grad

@@ -17,6 +17,7 @@ from minirlhf.report.page import SECTIONS
 from minirlhf.report.run import kind_of, read_run
 from minirlhf.report.verdict import at, checks, fall, over_optimised, traced
 from minirlhf.runs.health import HEALTHY, RULES, Metric
+from minirlhf.world import judge
 
 
 @pytest.fixture
@@ -40,6 +41,7 @@ def test_a_finished_run_has_every_section_and_its_numbers(run: Path) -> None:
         "+0.78 (+0.73 to +0.84)",
         "at most 1.8",
         "end 0.6 ✗ outside healthy: at most 0.3 Lower --learning-rate or --epochs",  # the clip fraction
+        "end 0.5 ✓ in range healthy: at most 1",  # the norm of the gradient, which was 2
         "end 0.4",
         "150",
         "train.jsonl abababababab",
@@ -83,6 +85,13 @@ def test_answers_stand_beside_each_other_with_the_judges_three_marks(run: Path) 
     assert "✗ harmless −1" in text and "Not of this worldsftWellnot judgedbest-of-16Sixteen" in text
     assert "The bear eats honey.✓ helpful +1 ✓ honest +1 ✓ harmless +1ppoThe bear.✗ helpful −1" in text
     assert "1 prompts where PPO's answer is judged furthest below SFT's" in text
+    right, wrong = " The bear eats honey.", " The bear eats fish."
+    asked = "\n\nHuman: What does the bear eat?\n\nAssistant:"
+    worse = [wrong, right, " Go away, you fool.", " The bear."]  # none at the second, most at the third
+    write(run / "answers.jsonl", [{"prompt": asked, "sft": right, "ppo": answer} for answer in worse])
+    folded = page_of(run).text.split("3 prompts where PPO's answer is judged furthest below SFT's")[1]
+    totals = [judge(asked, re.search(r"ppo(.*?)[✓✗○]", card)[1]).total for card in folded.split("What does")[1:4]]
+    assert totals == sorted(totals) and totals[0] < totals[-1]
 
 
 @pytest.mark.parametrize("missing", ["sft", "feedback", "reward", "ppo", "dpo", "all but sft", "files", "rows"])
@@ -181,6 +190,7 @@ def test_the_verdict_and_the_numbers_behind_it(trace: list, answer: str, words: 
     found = read_run(run, "run")
     finding = over_optimised(found, found.of_kind("ppo")[0])
     assert finding.answer == answer and words in finding.why
+    assert ("Without a trace" in page_of(run).text) == (trace == [])
     assert finding.headline in page_of(run).text
 
 
@@ -198,6 +208,9 @@ def test_the_headline_is_green_only_where_all_is_well(run: Path) -> None:
     summary = json.loads(json.dumps(SUMMARY))
     summary["models"]["ppo"]["eos_rate"] = 0.4
     (run / "summary.json").write_text(json.dumps(summary))
+    assert headline()[0] == "middling"
+    summary["models"]["ppo"] |= {"eos_rate": 1.0, "win_rate": {"mean": 0.55, "interval": [0.45, 0.65]}}
+    (run / "summary.json").write_text(json.dumps(summary))
     assert headline() == ("middling", "PPO did not over-optimise, but not all of its thresholds are met.")
     write(run / "ppo" / "trace.jsonl", FALLING)
     assert headline() == ("bad", "PPO over-optimised.")
@@ -210,6 +223,7 @@ def test_without_a_trace_a_judge_that_prefers_sft_is_enough(run: Path) -> None:
     (run / "summary.json").write_text(json.dumps(summary))
     text = page_of(run).text
     assert "PPO over-optimised." in text and "3 of 9 thresholds not met: PPO is better than SFT" in text
+    assert "Without a trace, only the first and the last model were judged" in text
     summary["models"] = {name: summary["models"][name] for name in ("sft", "ppo")}  # no other is needed for it
     (run / "summary.json").write_text(json.dumps(summary))
     text = page_of(run).text
@@ -298,7 +312,7 @@ def test_a_chart_has_a_point_for_every_row(count: int, run: Path) -> None:
     assert [path.count("L") + 1 for path in paths].count(count) >= len(names)
 
 
-@pytest.mark.parametrize("top", [3e-7, -2.5e-5, 0.012345, 7.0, 123456.0, -7.5e8])
+@pytest.mark.parametrize("top", [3e-7, -2.5e-5, 0.012345, 7.0, 123456.0, -7.5e6])
 def test_numbers_beside_an_axis_are_short_enough_to_be_seen(top: float) -> None:
     """Eight characters of about 6.5 units fit into the margin of 52."""
     assert max(len(short(tick)) for tick in ticks(min(0.0, top), max(0.0, top))) <= 8
@@ -312,9 +326,9 @@ def test_numbers_beside_an_axis_are_short_enough_to_be_seen(top: float) -> None:
 
 def test_a_logarithmic_axis_says_so() -> None:
     line = [Line("a", [(0, 1.0), (1, 50.0)])]
-    assert "log scale" in chart("t", line, x_label="step", log=True)
-    assert "log scale" not in chart("t", line, x_label="step")
-    assert "log scale" not in chart("t", [Line("a", [(0, -1.0), (1, 50.0)])], x_label="step", log=True)
+    assert ">log scale<" in chart("t", line, x_label="step", log=True)
+    assert ">log scale<" not in chart("t", line, x_label="step")
+    assert ">log scale<" not in chart("t", [Line("a", [(0, -1.0), (1, 50.0)])], x_label="step", log=True)
 
 
 def test_no_line_doubles_back(run: Path) -> None:

@@ -261,6 +261,7 @@ def forked(work: Callable[[], None], errors: Path) -> int:
     if process:
         return process
     code = 99
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup it is ignored
     try:
         sys.stderr = errors.open("w", buffering=1)
         work()

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from minirlhf import rollout as rollout_module
-from minirlhf.batch import Example, pad
+from minirlhf.batch import Example, over_micro_batches, pad
 from minirlhf.generate import generate
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.reward import RewardModel, ValueModel
-from minirlhf.rollout import Rollout, collect, over_micro_batches
+from minirlhf.rollout import Rollout, collect
 
 EOS = 2
 

@@ -167,18 +167,39 @@ KINDS: tuple[Kind, ...] = ("pairs", "demonstrations", "prompts")  # the richest 
 RATINGS = "rating|label|score|stars|sentiment"
 
 
-def _read_ranking(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
-    texts, ranks, ids = row["responses"], row["ranks"], row.get("response_ids")
-    text_of(row, "prompt")
-    if not (isinstance(texts, list) and isinstance(ranks, list) and len(texts) == len(ranks) >= 2):
-        raise BadRow("'responses' and 'ranks' must be lists of the same length, at least 2")
-    if not all(type(rank) is int for rank in ranks):
-        raise BadRow("'ranks' must be whole numbers, 0 for the best")
-    for text in texts:
-        text_of({"responses": text}, "responses")
-    known = ids is None or (isinstance(ids, list) and len(ids) == len(texts))
-    if not known or not all(isinstance(i, list) and all(type(n) is int and n >= 0 for n in i) for i in ids or []):
+def list_of(row: dict[str, Any], name: str, count: int | None = None) -> list[Any]:
+    """A list, of `count` values where given; raises BadRow."""
+    values = row[find(row, name)]
+    if not isinstance(values, list):
+        raise BadRow(f"the field {name!r} is {describe(values)}, not a list")
+    if count is not None and len(values) != count:
+        raise BadRow(f"{name!r} has {len(values)} values for {count} responses")
+    return values
+
+
+def texts_of(row: dict[str, Any], name: str, count: int | None = None) -> tuple[str, ...]:
+    """A list of texts, `count` of them where given; raises BadRow."""
+    values = list_of(row, name, count)
+    return tuple(text_of({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values))
+
+
+def answers_of(row: dict[str, Any]) -> tuple[str, tuple[str, ...], tuple[list[int], ...] | None]:
+    """Prompt, responses and, where they are known, their sampled ids, of a record that compares at least two."""
+    prompt, responses = text_of(row, "prompt"), texts_of(row, "responses")
+    if len(responses) < 2:
+        raise BadRow(f"{len(responses)} responses; a comparison needs at least 2")
+    if row.get("response_ids") is None:
+        return prompt, responses, None
+    ids = list_of(row, "response_ids", len(responses))
+    if not all(isinstance(tokens, list) and all(type(i) is int and i >= 0 for i in tokens) for tokens in ids):
         raise BadRow("'response_ids' must be a list of token ids for each response")
+    return prompt, responses, tuple(ids)
+
+
+def _read_ranking(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
+    _, responses, _ = answers_of(row)
+    if not all(type(rank) is int for rank in list_of(row, "ranks", len(responses))):
+        raise BadRow("'ranks' must be whole numbers, 0 for the best")
     return [row]
 
 

@@ -26,13 +26,12 @@ import numpy as np
 import tiktoken
 
 from minirlhf import data
-from minirlhf.batch import pad
+from minirlhf.batch import over_micro_batches, pad
 from minirlhf.config import Count, Positive, Settings, run_script
 from minirlhf.encode import Record, encode_comparison, split_by_prompt
 from minirlhf.evaluate.judges import ModelFolder
 from minirlhf.files import atomic, read_json, write_json
 from minirlhf.reward import RewardModel
-from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import require, resolve_device
 
 BINS = 10

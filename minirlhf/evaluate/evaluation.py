@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import data
-from minirlhf.batch import Batch
+from minirlhf.batch import Batch, over_micro_batches
 from minirlhf.config import Count, Seed, Settings
 from minirlhf.encode import encode_prompt
 from minirlhf.evaluate.judges import PARTS, ModelFolder, Sampled, judge_parts
@@ -39,7 +39,6 @@ from minirlhf.generate import SLOTS, Samples, generate
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
 from minirlhf.reward import RewardModel
-from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import Stream, project_file, require, resolve_device
 from minirlhf.tokenizer import response_text, same_ids
 
@@ -228,6 +227,9 @@ def main(config: Config) -> dict[str, Any]:
     """Evaluate the run's SFT model, best-of-n, and the PPO and DPO models that it holds; returns the summary."""
     device = resolve_device(config.device)
     prompts = [r["prompt"] for r in data.load(config.prompts, "prompts")][: config.max_prompts]
+    for stage in ("sft", "reward"):
+        place = config.run / stage / "model"
+        require(place.is_dir(), f"{place}: no such folder; train with train_{stage}.py, or give another --run")
     trained = [stage for stage in ("ppo", "dpo") if (config.run / stage / "model").is_dir()]
     folders = {stage: ModelFolder.find(str(config.run / stage), GPT) for stage in ("sft", *trained)}
     scorer, sft = ModelFolder.find(str(config.run / "reward"), RewardModel), folders["sft"]

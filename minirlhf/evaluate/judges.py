@@ -22,7 +22,7 @@ import tiktoken
 import torch
 
 from minirlhf import reward_functions, tokenizer
-from minirlhf.batch import Batch, Example, pad
+from minirlhf.batch import Batch, Example, over_micro_batches, pad
 from minirlhf.data.formats import message_prompt
 from minirlhf.encode import encode_example, encode_prompt
 from minirlhf.generate import Samples
@@ -30,7 +30,6 @@ from minirlhf.hf.folder import read_settings
 from minirlhf.hf.hub import model_folder, weight_files
 from minirlhf.model import GPT, read_config
 from minirlhf.reward import RewardModel
-from minirlhf.rollout import over_micro_batches
 from minirlhf.runtime import UserError, require
 from minirlhf.world import judge
 
@@ -140,7 +139,7 @@ class RewardScorer:
         encoding, rows = self.folder.encoding, []
         for prompt, text, ended in zip(sampled.prompts, sampled.texts, sampled.samples.finished.tolist(), strict=True):
             ids = tokenizer.encode(encoding, text) + [encoding.eot_token] * ended
-            row = encode_example(encoding, prompt, text, max_length=self.folder.positions, response_ids=ids)
+            row = encode_example(encoding, prompt, ids, max_length=self.folder.positions)
             if row is None:
                 raise UserError(
                     f"{self.folder.path}: an answer of {len(ids)} tokens does not fit; lower --max-new-tokens"

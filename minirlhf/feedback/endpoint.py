@@ -150,6 +150,7 @@ class Endpoint:
         require(parts.scheme in ("http", "https") and bool(parts.hostname), f"--url {self.url!r}: give http(s)://…/v1")
         local = parts.hostname in ("127.0.0.1", "localhost", "::1")
         require(parts.scheme == "https" or local or not key, f"--url {self.url}: a key goes over https alone")
+        require(key.isascii() and key.isprintable(), "--key-variable: the key has a character that no header can hold")
         self._session = requests.Session()
         self._session.trust_env = not local  # this machine is not asked through a proxy
         self._session.auth = self._sign
@@ -223,8 +224,9 @@ class Endpoint:
         except (OSError, HTTPError) as error:
             raise Failure(_first_cause(error)) from error
         if not 200 <= status < 300:
-            words = " ".join(content[:500].decode("utf-8", "replace").split())  # the server's own, without the key
-            words = f": {words.replace(self.key, '***') if self.key else words}" if words else ""
+            words = content.decode("utf-8", "replace")
+            words = " ".join((words.replace(self.key, "***") if self.key else words).split())[:500]
+            words = f": {words}" if words else ""
             words += f"; it asks to wait {wait:.0f} s" if wait > LONGEST_WAIT else ""
             raise Failure(f"status {status}{words}", status=status, wait=wait if status in BUSY else math.inf)
         if len(content) > LARGEST:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from minirlhf.data.containers import Bad
-from minirlhf.data.formats import BadRow, describe, find, text_of
+from minirlhf.data.formats import BadRow, answers_of, describe, find, list_of, text_of, texts_of
 from minirlhf.data.readers import read_source
 from minirlhf.runtime import UserError, require
 
@@ -140,12 +140,9 @@ def read_labels(path: Path) -> list[Label]:
 
 def parse_candidates(row: Row) -> Candidates:
     """The candidates of one record, a label's too; raises BadRow where they cannot be compared."""
-    prompt, responses = text_of(row, "prompt"), texts_of(row, "responses")
-    if len(responses) < 2:
-        raise BadRow(f"{len(responses)} responses; a comparison needs at least 2")
+    prompt, responses, ids = answers_of(row)
     if len(set(responses)) < len(responses):
         raise BadRow("two responses are the same text")
-    ids = None if row.get("response_ids") is None else values_of(row, "response_ids", len(responses))
     sources = texts_of(row, "sources", len(responses)) if "sources" in row else None
     return Candidates(prompt, responses, ids, sources)
 
@@ -191,22 +188,6 @@ def _check_verdict(verdict: str, ranks: tuple[int, ...], shown: tuple[int, ...] 
         raise BadRow(f"the verdict {verdict!r} and the ranks {list(ranks)} contradict each other")
 
 
-def list_of(row: Row, name: str, count: int | None = None) -> list[Any]:
-    """A list, of `count` values where given; raises BadRow."""
-    values = row[find(row, name)]
-    if not isinstance(values, list):
-        raise BadRow(f"the field {name!r} is {describe(values)}, not a list")
-    if count is not None and len(values) != count:
-        raise BadRow(f"{name!r} has {len(values)} values for {count} responses")
-    return values
-
-
-def texts_of(row: Row, name: str, count: int | None = None) -> tuple[str, ...]:
-    """A list of texts, `count` of them where given; raises BadRow."""
-    values = list_of(row, name, count)
-    return tuple(text_of({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values))
-
-
 def values_of(row: Row, name: str, count: int) -> tuple[Any, ...]:
     """A list of `count` values of the kind that goes by this name; raises BadRow."""
     values = list_of(row, name, count)
@@ -230,8 +211,4 @@ KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "shown": (_is_count, "whole numbers of 0 or more"),
     "scores": (_is_number, "numbers"),
     "orders": (lambda value: _is_number(value) and 0 <= value <= 1, "probabilities, from 0 to 1"),
-    "response_ids": (
-        lambda ids: isinstance(ids, list) and all(map(_is_count, ids)),
-        "a list of token ids for each response",
-    ),
 }

@@ -154,8 +154,8 @@ def trace_lines(traces: Sequence[tuple[str, list[Row]]], names: Sequence[str], x
 
 def over_optimisation(runs: Sequence[Run]) -> list[Block]:
     """Proxy and judge against the distance from the SFT model, and against time."""
-    every = [(label, ends_of(run, stage)) for label, run, stage in labelled(runs, "ppo")]
-    traces = [(label, rows) for label, rows in every if rows]
+    stages = labelled(runs, "ppo")
+    traces = [(label, rows) for label, run, stage in stages if (rows := ends_of(run, stage))]
     if not traces:
         return nothing("python train_ppo.py --trace-every 4")
     about = (
@@ -163,7 +163,7 @@ def over_optimisation(runs: Sequence[Run]) -> list[Block]:
         "sees it. Where the proxy goes on rising and the judge falls, PPO has found answers that only the reward model "
         "likes."
     )
-    ends = "Where a line has two points, only the first and the last model were judged, on the evaluation's prompts."
+    ends = "Without a trace, only the first and the last model were judged, on the evaluation's prompts."
     distance, time = (trace_lines(traces, ("judge", "reward"), x) for x in ("distance", "iteration"))
     back = "" if all(line.drawn for line in distance) else "Dots without a line: the distance fell in between."
     charts = [
@@ -173,7 +173,8 @@ def over_optimisation(runs: Sequence[Run]) -> list[Block]:
     if len(traces) == 1:
         lines = trace_lines(traces, PARTS, "iteration")
         charts.append(figure("The judge's three parts", lines, x_label="iteration"))
-    blocks = [{"p": about}, *([quiet(ends)] if any(len(rows) == 2 for _, rows in traces) else [])]
+    untraced = any(ends_of(run, stage) and not stage.trace for _, run, stage in stages)
+    blocks = [{"p": about}, *([quiet(ends)] if untraced else [])]
     return [*blocks, {"figures": charts, "kind": "wide"}]
 
 
@@ -191,7 +192,7 @@ def calibration(runs: Sequence[Run]) -> list[Block]:
         rows.append((run.label, c["pairs"], *numbers))
     about = (
         "Held-out pairs of answers, by the probability that the model gives the one it prefers; up: the share of pairs "
-        "where the labeller prefers the same. Below the dashed line it is too sure of itself. The error is the mean "
+        "where the annotator prefers the same. Below the dashed line it is too sure of itself. The error is the mean "
         "distance from that line, weighted by pairs."
     )
     drawn = figure("Right as often as it expects?", lines, x_label="probability that it gives the better answer")

@@ -37,9 +37,7 @@ from torch.optim import Optimizer
 from minirlhf import distributed, tokenizer
 from minirlhf.config import RunConfig
 from minirlhf.files import source_hash
-from minirlhf.model import GPT
 from minirlhf.optim import allocate_moments
-from minirlhf.reward import RewardModel
 from minirlhf.runs import checkpoint
 from minirlhf.runs import plan as planning
 from minirlhf.runs.card import write_model_card
@@ -101,8 +99,8 @@ class Stage:
         planning.show_plan(plan, self.config)
         return self.output
 
-    def save(self, model: GPT | RewardModel, encoding: tiktoken.Encoding, *, objective: str) -> None:
-        """Write the trained model with its tokenizer and a model card that says the `objective` in a sentence."""
+    def save(self, model: Any, encoding: tiktoken.Encoding, *, objective: str) -> None:
+        """Write the trained GPT or RewardModel, its tokenizer and a card that says the `objective` in a sentence."""
         if distributed.is_writer():
             model.save_pretrained(self.output)
             tokenizer.save(encoding, self.output)
