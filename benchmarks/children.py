@@ -339,11 +339,12 @@ def benchmark(options: argparse.Namespace, measure: Callable[[Workshop], tuple[d
             ).returncode
     began = time.monotonic()
     git = ["git", "-C", str(TREE), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     with tempfile.TemporaryDirectory(prefix="children-") as folder:
         result, well = measure(Workshop(Path(folder)))
     about = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "tree": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "tree": commit,
         "date": date.today().isoformat(),
         "seed": options.seed,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores shared with other work, no GPU, one thread",
