@@ -133,26 +133,34 @@ def start(order: Order) -> int:
     process = os.fork()
     if process:
         return process
-    code = 1
+    code = 128 + signal.SIGINT  # of a KeyboardInterrupt, wherever it comes
     try:
-        for number, kind in ((1, "out"), (2, "err")):
-            os.dup2(os.open(order.file(kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's background may ignore them
-            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        if order.processes > 1:
-            torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {order.processes}".split()
-            os.environ["OMP_NUM_THREADS"] = "1"
-            os.execv(sys.executable, [sys.executable, *torchrun, __file__, json.dumps(asdict(order))])
+        code = work_apart(order)
+    finally:
+        os._exit(code)
+
+
+def work_apart(order: Order) -> int:
+    """Work in a forked process, with files for what it writes; returns its exit code."""
+    for number, kind in ((1, "out"), (2, "err")):
+        os.dup2(os.open(order.file(kind), os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # a shell's background may ignore them
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
+    if order.processes > 1:
+        torchrun = f"-m torch.distributed.run --standalone --nproc-per-node {order.processes}".split()
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [sys.executable, *torchrun, __file__, json.dumps(asdict(order))])
+    try:
         work(order)
-        code = 0
     except SystemExit as stop:
-        code = stop.code if isinstance(stop.code, int) else 0
-    except BaseException:
+        return stop.code if isinstance(stop.code, int) else 0
+    except Exception:
         sys.excepthook(*sys.exc_info())
+        return 1
     finally:
         sys.stdout.flush()
-        os._exit(code)
+    return 0
 
 
 # --------------------------------------------------------------------------------------------------------- from outside
@@ -331,11 +339,12 @@ def benchmark(options: argparse.Namespace, measure: Callable[[Workshop], tuple[d
             ).returncode
     began = time.monotonic()
     git = ["git", "-C", str(TREE), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     with tempfile.TemporaryDirectory(prefix="children-") as folder:
         result, well = measure(Workshop(Path(folder)))
     about = {
         "command": " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "tree": subprocess.run(git, capture_output=True, text=True).stdout.strip(),
+        "tree": commit,
         "date": date.today().isoformat(),
         "seed": options.seed,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores shared with other work, no GPU, one thread",

@@ -185,7 +185,7 @@ def measure(workshop: Workshop, stage: str, number: int, given: argparse.Namespa
     result["wrong"] = [t for t in trials if not t["equal"] or t["left"] or not t.get("well", True)]
     result["moments"] = [t["after_step"] if "after_step" in t else f"{t['moment']} s" for t in trials]
     counts = ", ".join(f"{key} {value}" for key, value in result.items() if key not in ("wrong", "moments", "codes"))
-    print(f"{stage} {name}: {counts}", flush=True)
+    print(f"{stage} {name}: {counts}", *result["wrong"], sep="\n  ", flush=True)
     return result
 
 
