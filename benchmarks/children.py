@@ -246,7 +246,7 @@ def left_behind(folder: Path) -> list[str]:
 def last_words(order: Order) -> str:
     """The end of what the child wrote, without the place of the run."""
     text = "".join(order.file(kind).read_text(errors="replace") for kind in ("out", "err"))
-    return text.replace(order.run, "RUN")[-600:]
+    return text.replace(order.run, "RUN")[-1500:]
 
 
 @dataclass(frozen=True)

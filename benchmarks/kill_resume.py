@@ -131,7 +131,8 @@ def left_by(order: Order, code: int | None, before: int, *, twice: bool) -> dict
     silent = order.processes > 1 or "Traceback" not in read(order.file("err"))
     finished = '"finished": true' in read(order.folder / "stage.json")
     well = right and silent and (twice or saved)
-    return {
+    words = {} if well else {"words_at_the_stop": children.last_words(order)}
+    return words | {
         "rows": count,
         "checkpoint": step,
         "went_on": count - before,
