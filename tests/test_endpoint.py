@@ -53,9 +53,9 @@ def slow(handler: Stub) -> None:
     """A good answer, but a byte now and then, so that no single wait is long."""
     content = json.dumps(verdict()).encode()
     handler.send_response(200)
-    handler.send_header("Content-Length", str(12 + len(content)))
+    handler.send_header("Content-Length", str(100 + len(content)))
     handler.end_headers()
-    for _ in range(12):
+    for _ in range(100):
         handler.wfile.write(b" ")
         handler.wfile.flush()
         time.sleep(0.05)
@@ -65,7 +65,7 @@ def slow(handler: Stub) -> None:
 def slow_headers(handler: Stub) -> None:
     """Headers one by one, each soon after the one before."""
     handler.wfile.write(b"HTTP/1.0 200 OK\r\n")
-    for number in range(60):
+    for number in range(100):
         handler.wfile.write(f"X-{number}: more\r\n".encode())
         time.sleep(0.05)
 
@@ -82,7 +82,7 @@ def endless(handler: Stub) -> None:
 
 
 def silent(handler: Stub) -> None:
-    time.sleep(0.5)
+    time.sleep(5)
 
 
 def hang_up(handler: Stub) -> None:
@@ -209,9 +209,9 @@ BROKEN = {
 
 @pytest.mark.parametrize("answer", BROKEN.values(), ids=BROKEN.keys())
 def test_a_busy_or_broken_server_is_asked_again(answer: Answer, stub, tmp_path: Path, waits: list) -> None:
-    stub.answers, began = [answer, good()], time.monotonic()
-    assert make(stub, tmp_path, waits, timeout=0.3).first_token("Which?")["A"] == -0.1
-    assert time.monotonic() - began < 2.5, "the time limit is for the whole call"
+    stub.answers = [answer, good()]
+    # The time limit is for the whole call: the drip's good answer, after five seconds, would need no second request.
+    assert make(stub, tmp_path, waits, timeout=2.0).first_token("Which?")["A"] == -0.1
     assert len(stub.requests) == 2 and len(waits) == 1 and 0.5 <= waits[0] <= 1.5
     failed, fine = rows(tmp_path)
     assert failed["answer"] is None and failed["error"] and fine["answer"] and failed["key"] == fine["key"]
