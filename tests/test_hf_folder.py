@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -32,7 +33,7 @@ from minirlhf.model import GPT, CheckpointError, GPTConfig
 from minirlhf.reward import RewardModel
 from minirlhf.runs.card import write_model_card
 from minirlhf.runs.log import RunLog
-from minirlhf.runtime import UserError
+from minirlhf.runtime import Interrupted, UserError, interruptible
 
 
 # ------------------------------------------------------------------------------------------------- folders and errors
@@ -449,3 +450,33 @@ def test_the_model_card_names_data_configuration_and_results(tmp_path: Path) -> 
     ):
         assert line in card, line
     assert "for 2 steps" in card and str(tmp_path) not in card
+
+
+def test_a_signal_while_weights_are_read_waits_for_the_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the library an exception would turn into another one."""
+    GPT(GPTConfig(vocab_size=11, n_positions=4, n_layer=1, n_head=1, n_embd=8), seed=0).save_pretrained(tmp_path)
+    opened = folder.safe_open
+
+    class Signalling:
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            self.file = opened(*args, **kwargs)
+
+        def __enter__(self) -> Signalling:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+        def get_tensor(self, name: str) -> torch.Tensor:
+            try:
+                signal.raise_signal(signal.SIGTERM)
+                return self.file.get_tensor(name)
+            except Interrupted as error:
+                raise ValueError("could not determine the shape") from error
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(folder, "safe_open", Signalling)
+    with pytest.raises(Interrupted), interruptible():
+        GPT.from_pretrained(tmp_path)

@@ -21,7 +21,7 @@ from torch import nn
 
 from minirlhf.files import atomic, write_text
 from minirlhf.hf.hub import INDEX, WEIGHTS, weight_files
-from minirlhf.runtime import UserError
+from minirlhf.runtime import UserError, held_signals
 
 SHAPE = ("vocab_size", "n_positions", "n_layer", "n_head", "n_embd")
 # config.json settings that change the arithmetic, with the values this model computes (absent ones have these too).
@@ -167,7 +167,8 @@ def _assign(model: nn.Module, file_of: dict[str, Any], path: Path, *, tied_head:
         kind = type(model).__name__
         raise CheckpointError(f"{path}: {'; '.join(sorted(wrong))}; give a folder that holds a {kind} as configured")
     for name, (ours, _) in parameters.items():
-        tensor = file_of[stored[name]].get_tensor(stored[name])
+        with held_signals():  # what is raised within becomes a ValueError
+            tensor = file_of[stored[name]].get_tensor(stored[name])
         tensor = tensor.T if CONV1D_WEIGHT.fullmatch(name) else tensor
         # A fresh copy: the file may be mapped into memory, and is then neither aligned nor ours to keep.
         tensor = tensor.clone(memory_format=torch.contiguous_format)

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from minirlhf.files import atomic, discard, file_hash, sync_folder, write_text
 from minirlhf.runs.log import LOGS, TRACKED, plain
-from minirlhf.runtime import UserError, require
+from minirlhf.runtime import UserError, held_signals, require
 
 FORMAT = 1
 FILES = ("state.safetensors", "state.json")
@@ -309,7 +309,9 @@ def load(folder: Path, state: object, *, stage: str, config: Mapping[str, Any], 
     check(folder, stage=stage, config=config, inputs=inputs)
     manifest = verify(folder)
     try:
-        stored = Parts(load_file(folder / "state.safetensors"), {**read(folder / "state.json")})
+        with held_signals():  # what is raised within becomes a ValueError
+            tensors = load_file(folder / "state.safetensors")
+        stored = Parts(tensors, {**read(folder / "state.json")})
         ours, theirs = _layout(parts(state)), _layout(stored)
     except (SafetensorError, RecursionError, TypeError) as error:
         raise Damaged(f"{folder}: holds no tensors and numbers by name ({error})") from error
