@@ -134,11 +134,8 @@ class Stage:
             for optimizer in self._optimizers:
                 allocate_moments(optimizer)
         except (RuntimeError, MemoryError) as error:
-            way = "take a smaller model or another --device"
-            require(
-                not is_out_of_memory(error),
-                f"{self.folder.name}: out of memory for the optimizer's moments; {way}",
-            )
+            where = f"{self.folder.name}: out of memory for the optimizer's moments"
+            require(not is_out_of_memory(error), f"{where}; take a smaller model or another --device")
             raise
 
     def _begin(self) -> None:
