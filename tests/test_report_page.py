@@ -103,6 +103,7 @@ def damages(value: object) -> Iterator[object]:
             yield from ({**value, name: worse} for worse in damages(part))
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")  # of a mean of nothing, which would stand in the page as nan
 @pytest.mark.parametrize(
     "name", ["summary.json", "calibration.json", "seconds.json", "ppo/run.json", "ppo/trace.jsonl"]
 )

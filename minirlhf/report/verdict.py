@@ -17,6 +17,7 @@ import numpy as np
 from minirlhf.report.chart import MINUS
 from minirlhf.report.run import Row, Run, StageRun
 from minirlhf.runs.health import HEALTHY
+from minirlhf.runtime import require
 
 SURE = 3.0  # standard errors
 Answer = Literal["yes", "no", "broke", "unknown"]
@@ -80,6 +81,9 @@ def traced(stage: str, trace: list[Row]) -> Finding:
     """The finding from measurements along the way; they must be at least two."""
     first, last = trace[0], trace[-1]
     best = max(trace, key=lambda row: row["judge"])
+    counts = {len(row["marks"]) for row in (first, best, last)}
+    damaged = "its measurements need marks of the same prompts, two or more; remove the file for a report without them"
+    require(len(counts) == 1 and min(counts) > 1, f"{stage}/trace.jsonl: {damaged}")
     (mean, error), (loss, doubt) = fall(best, last), fall(first, last)
     path = (
         f"The judge's mark went from {signed(first['judge'])} to {signed(last['judge'])}, its best was "
