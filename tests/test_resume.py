@@ -113,8 +113,11 @@ def stop_at(
     patch.setattr(owner, name, stopping)
 
 
-@pytest.mark.parametrize("after", [False, True])
-@pytest.mark.parametrize(("name", "calls"), [(name, calls) for name, stops in STOPS.items() for calls in stops])
+AFTER = [(name, calls, True) for name, stops in STOPS.items() for calls in stops]
+BEFORE = [("sft", 7, False), ("ppo", 9, False), ("ppo", 12, False), ("dpo", 4, False)]  # of PPO's four minibatches
+
+
+@pytest.mark.parametrize(("name", "calls", "after"), [*AFTER, *BEFORE])
 def test_stopped_within_a_step_and_resumed_ends_with_the_same_bits(
     name: str, calls: int, after: bool, whole: Callable, tmp_path: Path
 ) -> None:
