@@ -104,13 +104,31 @@ def test_the_world_imports_the_standard_library_and_itself():
             assert root in sys.stdlib_module_names or full.startswith("minirlhf.world"), f"{path.name}: {full}"
 
 
-@pytest.mark.parametrize("script", ["train_sft", "train_reward", "train_ppo", "train_dpo"])
-def test_a_script_loads_no_judge_and_nothing_slow(script):
+SCRIPTS = ("train_sft", "train_reward", "train_ppo", "train_dpo")
+# Prints what each script loads, in a process of its own; only torch, which all need, is loaded once.
+LOADS = """
+import importlib, json, os, sys, torch
+for script in sys.argv[1:]:
+    if os.fork() == 0:
+        importlib.import_module(script)
+        print(json.dumps([script, sorted(sys.modules)]), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict[str, list[str]]:
+    """The names in `sys.modules` after the import of each script."""
+    environment, command = {**os.environ, "PYTHONPATH": str(ROOT)}, [sys.executable, "-c", LOADS, *SCRIPTS]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    return dict(map(json.loads, run.stdout.splitlines()))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_loads_no_judge_and_nothing_slow(script, modules):
     """What a static reading finds is what Python loads, too."""
-    program = f"import sys, json, {script}; print(json.dumps(sorted(sys.modules)))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, check=True)
-    loaded = json.loads(run.stdout)
+    loaded = modules[script]
     own = {name for name in loaded if name.split(".")[0] == "minirlhf" or name.startswith("train_")}
     assert own == closure(script)
     assert not [name for name in own if any(f"{name}.".startswith(f"{wing}.") for wing in NOT_LOADED)]
