@@ -14,6 +14,7 @@ from hypothesis import settings
 torch.set_num_threads(1)
 settings.register_profile("untimed", deadline=None)  # no test asserts a time
 settings.load_profile("untimed")
+os.fsync = lambda number: None  # a test that is killed leaves the page cache whole; those of the order put in their own
 for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
     os.environ[name] = "1"
 # A shell starts what it puts into the background with Ctrl-C ignored, and so do the processes that tests start.
