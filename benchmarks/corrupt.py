@@ -242,6 +242,7 @@ def count(workshop: Workshop, kinds: list[str], stages: Sequence[str], *, cases:
 
 
 def main() -> int:
+    """Damage runs, print the count and write it; returns 1 unless all went right."""
     parser = children.parser(__doc__)
     parser.add_argument("--cases", type=int, default=len(DAMAGE), help="how many")
     parser.add_argument("--only", nargs="+", default=[""], metavar="WORD", help="of the names of the kinds")

@@ -86,6 +86,7 @@ def measure(workshop: Workshop) -> tuple[dict[str, Any], bool]:
 
 
 def main() -> int:
+    """Measure every stage and size, print the table and write it."""
     parser = children.parser(__doc__)
     parser.add_argument("--order", type=lambda text: Order(**json.loads(text)), help=argparse.SUPPRESS)
     parser.add_argument("--planned", action="store_true", help=argparse.SUPPRESS)

@@ -201,6 +201,7 @@ def signal_number(name: str) -> int:
 
 
 def main() -> int:
+    """Stop stages, print the count and write it; returns 1 unless all went right."""
     parser = children.parser(__doc__)
     parser.add_argument("--kills", type=int, default=20, help="runs to stop of each stage and signal")
     parser.add_argument("--signal", nargs="+", type=signal_number, default=[signal.SIGKILL], metavar="NAME")

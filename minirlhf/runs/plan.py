@@ -65,7 +65,7 @@ def explain_memory(config: Any, tokens: int) -> str:
     first = [words for words in smaller if words.startswith("--micro-batch-tokens") and not is_auto(config)]
     first += [] if getattr(config, "gradient_checkpointing", True) else ["--gradient-checkpointing"]
     last = [words for words in smaller if not words.startswith("--micro-batch-tokens")]
-    free = f"; {' and '.join(words.split()[0] for words in first)} change no result and go with --resume"
+    free = f"; {' and '.join(words.split()[0] for words in first)} may change with --resume and alter no result"
     return (
         f"out of memory with {batch}; the peak was {peak_bytes() / 2**30:.2f} GiB. Try {', then '.join(first + last)}"
         f"{free if first else ''}"
