@@ -12,7 +12,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minirlhf import distributed
 from minirlhf.config import TrackerName
-from minirlhf.files import Lines, file_hash, fresh_folder, read_records, source_hash, write_json
+from minirlhf.files import Lines, file_hash, fresh_folder, read_records, write_json
 from minirlhf.runtime import require
 
 LIVE = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -104,7 +104,7 @@ class RunLog:
 
     folder  runs/<name>/<stage>; an earlier run there is moved aside, never overwritten
     config  the stage's configuration, a dataclass
-    inputs  files whose hashes are kept, and models, by their weights
+    inputs  hashes of the files that the stage reads, by path, and of the models
     keep    of a run that goes on: the bytes of each log to keep, by name; later rows are dropped
     done    rows among them
     """
@@ -114,8 +114,8 @@ class RunLog:
         folder: Path,
         config: Any,
         *,
-        inputs: Sequence[Path | str] = (),
-        models: Sequence[Path | str] = (),
+        inputs: Mapping[str, str] | None = None,
+        models: Mapping[str, str] | None = None,
         steps: int = 0,
         keep: Mapping[str, int] | None = None,
         done: int = 0,
@@ -124,8 +124,8 @@ class RunLog:
         self.last = time.perf_counter()
         description = {
             "config": plain(dataclasses.asdict(config)),
-            "inputs": {str(path): source_hash(path) for path in inputs},
-            "models": {str(path): source_hash(path) for path in models},
+            "inputs": inputs or {},
+            "models": models or {},
             "versions": versions(),
             "machine": {
                 "processor": platform.machine(),
@@ -133,7 +133,7 @@ class RunLog:
                 "processes": distributed.world_size(),
             },
         }
-        if keep is None:  # after the hashes: what is read may be in the folder that moves
+        if keep is None:
             fresh_folder(folder)
             write_json(folder / "run.json", description)
         self._metrics, self._timing = (Lines(folder / name, keep=(keep or {}).get(name)) for name in LOGS)

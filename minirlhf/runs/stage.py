@@ -22,6 +22,7 @@ error in between saves nothing. Of several processes all hold the state and one 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -83,9 +84,9 @@ class Stage:
         if not marker.get("finished"):
             newest = checkpoint.latest(self.root) if self.resume else None
             if newest is not None:  # its tensors are read later, into the models
-                checkpoint.check(newest, stage=self.folder.name, config=vars(self.config), inputs=self._hashes())
+                checkpoint.check(newest, stage=self.folder.name, config=vars(self.config), inputs=self.hashes)
             return False
-        checkpoint.check_same(path, marker, vars(self.config), self._hashes())
+        checkpoint.check_same(path, marker, vars(self.config), self.hashes)
         made = checkpoint.outputs(self.folder)
         for name, digest in marker["outputs"].items():
             state = "missing" if name not in made else "altered"
@@ -140,7 +141,7 @@ class Stage:
 
     def _begin(self) -> None:
         """In every process: the writer opens the folder, then the others read what it goes on from."""
-        self._hashes()  # now: what is read may be in a folder that is moved aside
+        _ = self.hashes  # taken now: what is read may be in a folder that is moved aside
         distributed.barrier()  # and every process has read it
         if distributed.is_writer():
             self._open()
@@ -157,7 +158,7 @@ class Stage:
             results = {"rankings.jsonl"} if self.state is None else set()
             checkpoint.clear_begun(self.folder, logs={*LOGS, HINTS, "trace.jsonl"}, results=results)
         keep = {name: entry["size"] for name, entry in manifest.logs.items()} if manifest else None
-        read = {"inputs": self.inputs, "models": self.models}
+        read = {kind: {str(p): self.hashes[str(p)] for p in getattr(self, kind)} for kind in ("inputs", "models")}
         self.log = RunLog(self.folder, self.config, **read, steps=self.steps, keep=keep, done=self.done)
         kept = read_rows(self.folder) if manifest else ()
         self.hints = Hints(self.folder, self.config, steps=self.steps, rows=kept)
@@ -171,7 +172,7 @@ class Stage:
         if newest is None:
             return None
         name = self.folder.name
-        manifest = checkpoint.load(newest, self.state, stage=name, config=vars(self.config), inputs=self._hashes())
+        manifest = checkpoint.load(newest, self.state, stage=name, config=vars(self.config), inputs=self.hashes)
         self.done = self.saved = manifest.step
         print(f"{name}: continues after step {self.done} of {self.steps}")
         if manifest.versions != versions():
@@ -185,7 +186,7 @@ class Stage:
             tensors = checkpoint.parts(self.state).tensors if self.state is not None else {}
             # Of the bits, as integers: the order of adding up must not matter.
             sums = {n: int(t.reshape(-1).view(torch.int16).sum(dtype=torch.int64)) for n, t in tensors.items()}
-            other = distributed.differing(f"{config} {list(self._hashes().values())} {self.done} {sums}")
+            other = distributed.differing(f"{config} {list(self.hashes.values())} {self.done} {sums}")
             same = "give every machine the same command, files and run folder"
             require(not other, f"{self.folder.name}: process {other} and process 0 would not train the same: {same}")
 
@@ -261,7 +262,7 @@ class Stage:
             stage=self.folder.name,
             step=self.done,
             config=checkpoint.plain(vars(self.config)),
-            inputs=self._hashes(),
+            inputs=self.hashes,
             logs=self.log.sync(),
             versions=versions(),
             quality=self._quality,
@@ -296,7 +297,7 @@ class Stage:
         self.log.close()
         if error is None:
             made, config = checkpoint.outputs(self.folder), checkpoint.plain(vars(self.config))
-            checkpoint.mark(self.folder, finished=True, config=config, inputs=self._hashes(), outputs=made)
+            checkpoint.mark(self.folder, finished=True, config=config, inputs=self.hashes, outputs=made)
 
     def _save_last(self) -> None:
         """Save the last finished step on the way out of an error, which stays the one that is reported."""
@@ -318,8 +319,7 @@ class Stage:
             return UserError(f"{where}: {planning.explain_memory(self.config, self.micro_batch_tokens)}")
         return checkpoint.disk_full(error, self.folder, self.nbytes) or error
 
-    def _hashes(self) -> dict[str, str]:
-        """Hashes of what the stage reads, by path; taken once."""
-        if not hasattr(self, "_known_hashes"):
-            self._known_hashes = {str(path): source_hash(path) for path in (*self.inputs, *self.models)}
-        return self._known_hashes
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of what the stage reads, by path."""
+        return {str(path): source_hash(path) for path in (*self.inputs, *self.models)}
