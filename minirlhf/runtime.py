@@ -112,12 +112,14 @@ def interruptible() -> Iterator[None]:
     def stop(number: int, frame: object) -> None:
         for other in STOPPING:
             signal.signal(other, leave)
+        SignalGate.raised = number
         raise Interrupted(number)
 
     before = _handle(stop)
     try:
         yield
     finally:
+        SignalGate.raised = 0
         for number, previous in before.items():
             signal.signal(number, previous)
 
@@ -127,7 +129,10 @@ class SignalGate:
 
     notice   what is written on standard error where one begins to wait
     waiting  its number, 0 without one
+    raised   number of the signal that was raised as Interrupted; a library that the process was in may swallow that
     """
+
+    raised = 0
 
     def __init__(self, notice: str = "") -> None:
         self.notice, self.waiting = notice, 0

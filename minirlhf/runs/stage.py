@@ -249,11 +249,14 @@ class Stage:
         self._stop_where_asked()
 
     def _stop_where_asked(self) -> None:
-        """Let a signal act that waited. In several processes it acts in all, and others wait until all is saved."""
+        """Let a signal act that waited or was swallowed. In several processes it acts in all, and others still wait."""
         if distributed.world_size() == 1:
             self._gate.open()
-        elif number := int(distributed.all_max(torch.tensor(self._gate.waiting))):
+            number = self._gate.raised
+        else:
+            number = int(distributed.all_max(torch.tensor(self._gate.waiting or self._gate.raised)))
             self._gate.waiting = 0
+        if number:
             raise Interrupted(number)
 
     def save_checkpoint(self) -> None:
