@@ -17,7 +17,7 @@ from minirlhf.data import readers
 from minirlhf.evaluate import comparison, evaluation
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted(page for folder in ("docs", "studies", "benchmarks") for page in (ROOT / folder).glob("*.md"))
 CHAPTERS = [page for page in PAGES if page.name[0].isdigit()]
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 
@@ -109,7 +109,7 @@ def test_every_function_and_test_that_a_page_names_exists() -> None:
 
 def test_every_file_that_a_page_or_a_module_names_exists() -> None:
     """The log and the changelog tell of what was; the list of features says what moved, and where to."""
-    files = [ROOT / name for name in ("README.md", "data/README.md", "studies/README.md")]
+    files = [ROOT / name for name in ("README.md", "data/README.md")]
     files += [page for page in PAGES if page.name != "log.md"] + list(ROOT.glob("*.py"))
     files += [module for folder in ("minirlhf", "benchmarks", "studies") for module in (ROOT / folder).rglob("*.py")]
     path = re.compile(r"\b(?:minirlhf|benchmarks|studies|tests|docs)/[\w/.-]+\.(?:py|md)\b")
