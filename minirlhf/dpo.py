@@ -289,8 +289,8 @@ def diagnostics(
     whose chosen response has the higher one, equal ones count half. `logprob_chosen`, `logprob_rejected`: of the
     policy, since the chosen one may fall too. Over micro-batches all add up.
     """
-    four = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
-    chosen, rejected = implicit_rewards(*four, beta=beta)  # (N,)
+    logprobs = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    chosen, rejected = implicit_rewards(*logprobs, beta=beta)  # (N,)
     wins = ops.mean((chosen > rejected) + 0.5 * (chosen == rejected))
     sums = {
         "accuracy": wins * len(chosen),

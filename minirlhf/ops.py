@@ -1,4 +1,4 @@
-"""What every loss shares: token log-probabilities, masked means, whitening, KL estimators, entropy.
+"""Operations that every loss shares: token log-probabilities, masked means, whitening, KL estimators, entropy.
 
 Index t of a per-token tensor `(B, T-1)` speaks of the token at t+1. The shift happens once, in `token_logprobs`.
 

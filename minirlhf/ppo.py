@@ -60,11 +60,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     next_value = torch.zeros_like(values[:, :1])
     next_advantage = torch.zeros_like(advantages[:, :1])
     for t in reversed(range(mask.shape[1])):
-        here, value = mask[:, t : t + 1], values[:, t : t + 1]
+        acts, value = mask[:, t : t + 1], values[:, t : t + 1]
         delta = rewards[:, t : t + 1] + gamma * next_value - value
         # Padding hands on what came after it (0 behind the response), so that its content never enters.
-        next_advantage = torch.where(here, delta + gamma * lam * next_advantage, next_advantage)
-        next_value = torch.where(here, value, next_value)
+        next_advantage = torch.where(acts, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(acts, value, next_value)
         advantages[:, t : t + 1] = next_advantage
     return ops.select(advantages, mask), ops.select(advantages + values, mask)
 
@@ -171,7 +171,7 @@ def policy_diagnostics(
     clip: float,
     denominator: float | Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What to log beside `policy_loss`; same arguments, 0-d tensors, no gradient.
+    """Diagnostics to log beside `policy_loss`; same arguments, 0-d tensors, no gradient.
 
     `approximate_kl`: 1/2 mean (log rho)^2, an estimate of KL(old || new) that is never negative, in nats a token.
     `clip_fraction`: share of tokens whose clipped term is the larger loss, which get no gradient.
@@ -202,7 +202,7 @@ def value_diagnostics(
     clip: float,
     denominator: float | Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What to log beside `value_loss`; same arguments, 0-d tensors, no gradient.
+    """Diagnostics to log beside `value_loss`; same arguments, 0-d tensors, no gradient.
 
     `value_clip_fraction`: share of tokens whose clipped term is the larger loss, which get no gradient.
     `value_error`: mean |V - R|, in units of the reward. Over micro-batches with `denominator` both add up.

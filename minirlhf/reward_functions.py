@@ -100,7 +100,7 @@ def texts(encoding: tiktoken.Encoding, batch: Batch) -> tuple[list[str], list[st
 # ------------------------------------------------------------------------------------------------------- environment
 @dataclass(frozen=True)
 class Sources:
-    """Where models, prompts and functions come from: what a stage's result depends on beside its settings.
+    """Sources of models, prompts and functions: a stage's result depends on them beside its settings.
 
     reward_models  the one that `--reward-model` names or the run has, then those of `--ensemble`
     functions      by the names that `--reward` gives them
@@ -182,7 +182,7 @@ def reward_of(
     functions: Mapping[str, RewardFunction],
     encoding: tiktoken.Encoding,
 ) -> Reward:
-    """What an answer is worth: the score of the reward models, where there are any, and of all functions, added up."""
+    """The reward: the score of the reward models, where there are any, and of all functions, added up."""
     parts = [function_reward(spec, function, encoding) for spec, function in functions.items()]
     if members:
         ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)

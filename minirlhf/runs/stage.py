@@ -47,7 +47,7 @@ from minirlhf.runs.health import HINTS, Hints
 from minirlhf.runs.log import LOGS, RunLog, Value, read_rows, require_tracker, versions
 from minirlhf.runtime import DivergenceError, Interrupted, SignalGate, UserError, is_out_of_memory, require
 
-KEPT = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
+MOST_CHECKPOINTS = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
 
 
 class Stage:
@@ -160,11 +160,11 @@ class Stage:
         keep = {name: entry["size"] for name, entry in manifest.logs.items()} if manifest else None
         read = {kind: {str(p): self.hashes[str(p)] for p in getattr(self, kind)} for kind in ("inputs", "models")}
         self.log = RunLog(self.folder, self.config, **read, steps=self.steps, keep=keep, done=self.done)
-        kept = read_rows(self.folder) if manifest else ()
-        self.hints = Hints(self.folder, self.config, steps=self.steps, rows=kept)
+        rows = read_rows(self.folder) if manifest else ()
+        self.hints = Hints(self.folder, self.config, steps=self.steps, rows=rows)
         checkpoint.mark(self.folder, finished=False)
         there = len(list(self.root.glob("[0-9]*")))
-        checkpoint.require_space(self.folder, (KEPT - min(there, KEPT - 1)) * self.nbytes)
+        checkpoint.require_space(self.folder, (MOST_CHECKPOINTS - min(there, MOST_CHECKPOINTS - 1)) * self.nbytes)
 
     def _continue(self) -> Manifest | None:
         """Fill the state from the newest checkpoint; None without one."""
