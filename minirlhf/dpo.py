@@ -7,7 +7,8 @@ detached.
 Each loss returns the mean over pairs; `denominator` is the number of pairs in the whole optimizer batch. All raise
 ValueError for unequal shapes, for per-token input and for coefficients out of range.
 
-Left out on purpose: a `loss_type` switch. Seven short functions say what they compute; a flag would not.
+Left out on purpose: one function with a `loss_type`. Seven short functions say what they compute, and a script that
+offers several chooses between them by name (online_dpo.py).
 """
 
 import math

@@ -6,8 +6,9 @@ All per-token tensors are `(B, T-1)`: index t is the action that wrote token t+1
 that action). `mask` is true on the response including its EOS; results are exactly 0 elsewhere. Only `logprobs` in
 `policy_loss` and `values` in `value_loss` carry gradient; what was recorded at the rollout is detached here.
 
-Left out on purpose: an entropy bonus and a KL term in the loss (the KL is in the rewards, see `ops.kl_k1` for why), and
-a value after the last action, which is 0: a response that ran into its length limit is scored like any other.
+Left out on purpose: an entropy bonus, and a value after the last action, which is 0: a response that ran into its
+length limit is scored like any other. The KL is in the rewards (`ops.kl_k1` says why); `grpo.kl_loss` puts it into the
+loss.
 """
 
 import math
