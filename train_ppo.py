@@ -371,7 +371,7 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
         shapes, responses, valued = list(env.shapes.values()), config.rollout_size, config.advantages == "gae"
         plan = sampled_plan(config, shapes, env.prompts, responses=responses, group_size=k, valued=valued)
         return stage.show(plan)
-    policy = GPT.from_pretrained(sources.policy).to(device)
+    policy = GPT.from_pretrained(sources.policy).full_precision().to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = reward_functions.load_reward_models(sources, device)
     reward = reward_functions.reward_of(config, members, sources.functions, env.encoding)

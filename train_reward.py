@@ -279,7 +279,7 @@ def main(config: Config) -> Path:
         return stage.show(
             supervised_plan(config, total_steps, shape, train, validation, frozen=(shape,), scored=scored)
         )
-    policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    policy = GPT.from_pretrained(folder).full_precision().to(device).eval().requires_grad_(False)
     model = RewardModel.from_gpt(policy, generator=torch.Generator().manual_seed(config.seed))
     model.gpt.gradient_checkpointing = config.gradient_checkpointing
     state = State(model, adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay))

@@ -182,7 +182,7 @@ def main(config: Config) -> Path:
     total_steps = count_steps(config.epochs, len(train), config.batch_size)
     if config.dry_run:
         return stage.show(supervised_plan(config, total_steps, shape, train, validation))
-    model = (GPT.from_pretrained(folder) if folder else GPT(shape, seed=config.seed)).to(device)
+    model = (GPT.from_pretrained(folder).full_precision() if folder else GPT(shape, seed=config.seed)).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
     state = State(model, adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay))
 
