@@ -149,6 +149,34 @@ def test_links_lead_somewhere() -> None:
             assert not anchor or anchor in slugs, f"{page.name}: {target} has no such heading"
 
 
+# ------------------------------------------------------------------------------------------------------------- figures
+def figures(row: str) -> list[str]:
+    """The numbers of a row of a table."""
+    return re.findall(r"(?<![\w.-])[-+]?\d+(?:[.,]\d+)*(?:e-?\d+)?", row)
+
+
+def is_part(some: list[str], others: list[str]) -> bool:
+    """`some` stand among `others` in the same order."""
+    rest = iter(others)
+    return all(figure in rest for figure in some)
+
+
+def test_a_table_of_results_is_that_of_the_file_named_above_it() -> None:
+    """The numbers of a row stand in the same order in one row of the file that was named last in the section."""
+    checked = 0
+    for page in (*CHAPTERS, *sorted((ROOT / "studies").glob("*.md"))):
+        results: list[list[str]] = []
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if line.startswith("## "):
+                results = []
+            for name in re.findall(r"benchmarks/results/[\w-]+\.md", line):
+                results = [figures(row) for row in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+            if line.startswith("|") and results and figures(line):
+                assert any(is_part(figures(line), row) for row in results), f"{page.name}: not in the file: {line}"
+                checked += 1
+    assert checked >= 50
+
+
 # ------------------------------------------------------------------------------------------------------------ chapters
 def test_chapters_are_numbered_and_linked_in_reading_order() -> None:
     assert [page.name[0] for page in CHAPTERS] == [str(n) for n in range(1, 7)]
