@@ -2,8 +2,8 @@
 # # RLHF, stage by stage
 #
 # This notebook runs the whole pipeline of **minirlhf** on its embedded world, a little zoo about which people ask
-# questions. A simulated annotator stands in for the people. A judge that no stage is trained on says how good the answers
-# really are. No GPU and no network are needed. On two CPU cores it takes about four minutes.
+# questions. A simulated annotator stands in for the people. A judge that no stage is trained on says how good the
+# answers really are. No GPU and no network are needed. On two CPU cores it takes about four minutes.
 #
 # The chapters beside this file (`1-model.md` to `6-evaluation.md`) explain each stage; here you look at it.
 #
@@ -79,9 +79,9 @@ def curves(stage, *names):
 # %% [markdown]
 # ## 1. A model that answers: SFT
 #
-# Each demonstration is a question with an answer. Some writers are careful and some are not, so the model that imitates
-# them is sometimes right and sometimes wrong. The loss is the mean negative log-likelihood of the answer's tokens; the
-# prompt's tokens are read, not learned.
+# Each demonstration is a question with an answer. Some writers are careful and some are not, so the model that
+# imitates them is sometimes right and sometimes wrong. The loss is the mean negative log-likelihood of the answer's
+# tokens; the prompt's tokens are read, not learned.
 
 # %%
 demonstrations = data.load(train_sft.Config().train, "demonstrations")
@@ -117,8 +117,8 @@ for question, texts in zip(questions, answers(sft, questions, count=4), strict=T
 # %% [markdown]
 # ## 2. What people prefer: feedback
 #
-# The simulated annotator ranks four answers to each prompt. It is noisy: sometimes it prefers the worse answer. You can
-# label by hand instead: `python -m minirlhf.feedback label`.
+# The simulated annotator ranks four answers to each prompt. It is noisy: sometimes it prefers the worse answer. You
+# can label by hand instead: `python -m minirlhf.feedback label`.
 
 # %%
 rankings = feedback.main(feedback.Config(**settings("feedback")))
@@ -130,9 +130,9 @@ for rank, text in sorted(zip(record["ranks"], record["responses"], strict=True))
 # %% [markdown]
 # ## 3. A model of the preferences: the reward model
 #
-# The reward model is the SFT model with a scalar head. Bradley and Terry: the chosen answer is preferred with probability
-# sigmoid(score of the chosen - score of the rejected), and the loss is the negative logarithm of this probability. A coin
-# has a loss of ln 2 = 0.69.
+# The reward model is the SFT model with a scalar head. Bradley and Terry: the chosen answer is preferred with
+# probability sigmoid(score of the chosen - score of the rejected), and the loss is the negative logarithm of this
+# probability. A coin has a loss of ln 2 = 0.69.
 
 # %%
 reward = train_reward.main(train_reward.Config(**settings("reward")))
@@ -141,8 +141,8 @@ curves("reward", "loss", "accuracy", "validation_accuracy")
 # %% [markdown]
 # ## 4. Reinforcement learning: PPO
 #
-# PPO maximises E[r(x, y)] - beta KL(pi || pi_sft). Watch four curves: `score` is the reward model's, `kl` says how far the
-# policy has moved from SFT, in nats per response, `explained_variance` whether the value model follows, and
+# PPO maximises E[r(x, y)] - beta KL(pi || pi_sft). Watch four curves: `score` is the reward model's, `kl` says how far
+# the policy has moved from SFT, in nats per response, `explained_variance` whether the value model follows, and
 # `clip_fraction` the share of tokens that the clip stopped.
 
 # %%
@@ -161,8 +161,8 @@ curves("dpo", "loss", "validation_accuracy", "reward_chosen", "reward_rejected")
 # %% [markdown]
 # ## 6. Is it better?
 #
-# Each model answers held-out prompts, and the judge scores the answers in three parts. Best-of-n needs no training: it takes
-# the best of n SFT answers by the reward model's score. Its KL is at most log n - (n-1)/n.
+# Each model answers held-out prompts, and the judge scores the answers in three parts. Best-of-n needs no training: it
+# takes the best of n SFT answers by the reward model's score. Its KL is at most log n - (n-1)/n.
 
 # %%
 summary = evaluation.main(evaluation.Config(**settings("evaluate")))
@@ -188,7 +188,7 @@ for question, *texts in zip(questions, *(answers(folder, questions) for folder i
 # %% [markdown]
 # ## What to try now
 #
-# - `train_ppo.Config(..., stage="ppo-bold", beta=0.005, learning_rate=1e-3, value_learning_rate=1e-3)`: the score goes on
-#   rising while the judge falls. That is over-optimisation; chapter 6 explains it.
+# - `train_ppo.Config(..., stage="ppo-bold", beta=0.005, learning_rate=1e-3, value_learning_rate=1e-3)`: the score goes
+#   on rising while the judge falls. That is over-optimisation; chapter 6 explains it.
 # - `advantages="rloo", group_size=4`: no value model.
 # - A reward of your own, a function of prompts and responses: `docs/extending.md`.
