@@ -134,8 +134,8 @@ def judged(labels: list[Label]) -> dict:
     return {
         "agreement": against_the_world(labels, by_ranks),
         "agreement_in_one_order": against_the_world(labels, in_one_order),
-        "first": bias.first,
-        "contradictions": {"share": bias.contradictions.mean, "interval": list(bias.contradictions.interval)},
+        "first": bias["first"],
+        "contradictions": {name: bias["contradictions"][name] for name in ("share", "interval")},
     }
 
 

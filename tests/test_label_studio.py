@@ -114,13 +114,13 @@ def changed(**changes: object) -> dict:
     [
         (changed(selected="middle"), "selected is 'middle'; it must be left or right"),
         (changed(answer1="c"), "'answer1' and 'answer2' are not the responses under 'source'"),
-        (changed(source=[1]), "'source' is not an object"),
+        (changed(source=[1]), "the field 'source' is a list, not an object; export the tasks anew"),
         (changed(source={"prompt": "p", "responses": [" a"], "shown": [0]}), "1 responses; a comparison needs"),
         (changed(source={"prompt": "p", "responses": [" a", " b"]}), "no field 'shown'"),
         (changed(source={"prompt": "p", "responses": [" a", " b"], "shown": [0, 0]}), "are not the responses"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "not a task of Label Studio"),
         ({"data": [], "annotations": []}, "the field 'data' is a list, not an object"),
-        (changed() | {"annotations": "none"}, "'annotations' must be a list"),
+        (changed() | {"annotations": "none"}, "the field 'annotations' is a text, not a list"),
     ],
 )
 def test_bad_exports_are_named_with_their_line(row: dict, words: str, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ GOOD = {
 CASES = [
     ("half a line", json.dumps(GOOD)[:-7], "not JSON"),
     ("not UTF-8", b"\xff\xfe\x00", "not UTF-8"),
-    ("a list", "[1]", "not a JSON object"),
+    ("a list", "[1]", "not an object with fields"),
     ("NaN", '{"seconds": NaN}', "NaN is not JSON"),
     ("a field twice", '{"prompt": "p", "prompt": "q"}', "stands twice"),
     ("no prompt", {"prompt": None}, "the field 'prompt' is null, not text"),
@@ -44,7 +44,7 @@ CASES = [
     ("too few ranks", {"ranks": [0]}, "'ranks' has 1 values for 2 responses"),
     ("a rank left out", {"ranks": [0, 2]}, "'ranks' [0, 2] leave a rank out"),
     ("ranks from one", {"ranks": [1, 2]}, "'ranks' [1, 2] leave a rank out"),
-    ("a negative rank", {"ranks": [0, -1]}, "'ranks' must be whole numbers of 0 or more"),
+    ("a negative rank", {"ranks": [0, -1]}, "'ranks' [0, -1] leave a rank out"),
     ("ranks that are true or false", {"ranks": [False, True]}, "'ranks' must be whole numbers"),
     ("an unknown verdict", {"verdict": "better"}, "the verdict is 'better'; it must be one of left, right"),
     (

@@ -10,8 +10,9 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+V = TypeVar("V")
 Layout = Literal["messages", "plain"]
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {
@@ -20,6 +21,7 @@ ROLES = {
     "system": "",
 }
 PROMPTS = "prompt|instruction|question"
+MESSAGES = ("messages", "conversations", "prompt", "chosen", "rejected")  # fields that can hold a list of them
 ANSWERS = "response|completion|output|answer"
 NO_ANSWER = "no answer at the end of the dialogue"
 
@@ -40,17 +42,70 @@ def find(row: dict[str, Any], names: str) -> str:
     raise BadRow(f"no field {names.replace('|', ' or ')!r} in this record")
 
 
-def text_of(row: dict[str, Any], name: str) -> str:
+def value_of(row: dict[str, Any], names: str, kind: type[V], words: str) -> V:
+    """The value of a field ("a|b": of either); raises BadRow where it is missing or of another kind."""
+    name = find(row, names)
+    if not isinstance(row[name], kind):
+        raise BadRow(f"the field {name!r} is {describe(row[name])}, not {words}")
+    return row[name]
+
+
+def text_of(row: dict[str, Any], names: str) -> str:
     """The text in a field; raises BadRow where it is missing, not text, or half a character."""
-    value = row[find(row, name)]
-    if not isinstance(value, str):
-        raise BadRow(f"the field {name!r} is {describe(value)}, not text")
+    value, name = value_of(row, names, str, "text"), find(row, names)
     try:
         value.encode()
     except UnicodeEncodeError as error:
         half = f"half a character (lone surrogate {value[error.start]!a} at {error.start})"
         raise BadRow(f"the field {name!r} holds {half}; replace it") from error
     return value
+
+
+def list_of(row: dict[str, Any], names: str, count: int | None = None) -> list[Any]:
+    """The list in a field, of `count` values where given, each as LISTS has it; raises BadRow."""
+    name = find(row, names)
+    values = value_of(row, name, list, "a list")
+    if count is not None and len(values) != count:
+        raise BadRow(f"{name!r} has {len(values)} values for {count} responses")
+    allowed, words = LISTS.get(name, (None, ""))
+    if allowed and not all(map(allowed, values)):
+        raise BadRow(f"{name!r} must be {words}")
+    return values
+
+
+def texts_of(row: dict[str, Any], name: str, count: int | None = None) -> tuple[str, ...]:
+    """A list of texts, `count` of them where given; raises BadRow."""
+    values = list_of(row, name, count)
+    return tuple(text_of({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values))
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number."""
+    return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+# What each value of a list must be, by the name of its field, and that in words.
+LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(MESSAGES, (_is_object, "a list of messages, each an object")),
+    **dict.fromkeys(("annotations", "completions"), (_is_object, "a list of objects")),
+    "instances": (_is_object, "a list of objects with input and output"),
+    "response_ids": (
+        lambda ids: isinstance(ids, list) and all(map(_is_count, ids)),
+        "a list of token ids for each response",
+    ),
+    "ranks": (lambda rank: type(rank) is int, "whole numbers, 0 for the best"),
+    "shown": (_is_count, "whole numbers of 0 or more"),
+    "scores": (is_number, "numbers"),
+    "orders": (lambda value: is_number(value) and 0 <= value <= 1, "probabilities, from 0 to 1"),
+}
 
 
 def describe(value: object) -> str:
@@ -109,19 +164,16 @@ def layout_of(rows: list[dict[str, Any]]) -> Layout:
 
 
 # ---------------------------------------------------------------------------------------------------------- dialogues
-def turns_of(messages: object, name: str) -> list[tuple[str, str]]:
+def turns_of(row: dict[str, Any], names: str) -> list[tuple[str, str]]:
     """(speaker, text) of each message in a list of {"role", "content"} or {"from", "value"}."""
+    messages = list_of(row, names)
     if not messages:
         raise BadRow("no messages")
-    if not isinstance(messages, list):
-        raise BadRow(f"the field {name!r} is {describe(messages)}, not a list of messages")
     turns = []
     for message in messages:
-        if not isinstance(message, dict):
-            raise BadRow(f"a message in {name!r} is {describe(message)}, not an object")
-        role = text_of(message, find(message, "role|from"))
+        role = text_of(message, "role|from")
         if role not in ROLES:
-            raise BadRow(f"unknown role {role!r} in {name!r}; known are {', '.join(ROLES)}")
+            raise BadRow(f"unknown role {role!r} in {find(row, names)!r}; known are {', '.join(ROLES)}")
         turns.append((ROLES[role], _content(message)))
     return turns
 
@@ -167,22 +219,6 @@ KINDS: tuple[Kind, ...] = ("pairs", "demonstrations", "prompts")  # the richest 
 RATINGS = "rating|label|score|stars|sentiment"
 
 
-def list_of(row: dict[str, Any], name: str, count: int | None = None) -> list[Any]:
-    """A list, of `count` values where given; raises BadRow."""
-    values = row[find(row, name)]
-    if not isinstance(values, list):
-        raise BadRow(f"the field {name!r} is {describe(values)}, not a list")
-    if count is not None and len(values) != count:
-        raise BadRow(f"{name!r} has {len(values)} values for {count} responses")
-    return values
-
-
-def texts_of(row: dict[str, Any], name: str, count: int | None = None) -> tuple[str, ...]:
-    """A list of texts, `count` of them where given; raises BadRow."""
-    values = list_of(row, name, count)
-    return tuple(text_of({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values))
-
-
 def answers_of(row: dict[str, Any]) -> tuple[str, tuple[str, ...], tuple[list[int], ...] | None]:
     """Prompt, responses and, where they are known, their sampled ids, of a record that compares at least two."""
     prompt, responses = text_of(row, "prompt"), texts_of(row, "responses")
@@ -190,24 +226,18 @@ def answers_of(row: dict[str, Any]) -> tuple[str, tuple[str, ...], tuple[list[in
         raise BadRow(f"{len(responses)} responses; a comparison needs at least 2")
     if row.get("response_ids") is None:
         return prompt, responses, None
-    ids = list_of(row, "response_ids", len(responses))
-    if not all(isinstance(tokens, list) and all(type(i) is int and i >= 0 for i in tokens) for tokens in ids):
-        raise BadRow("'response_ids' must be a list of token ids for each response")
-    return prompt, responses, tuple(ids)
+    return prompt, responses, tuple(list_of(row, "response_ids", len(responses)))
 
 
 def _read_ranking(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
     _, responses, _ = answers_of(row)
-    if not all(type(rank) is int for rank in list_of(row, "ranks", len(responses))):
-        raise BadRow("'ranks' must be whole numbers, 0 for the best")
+    list_of(row, "ranks", len(responses))
     return [row]
 
 
 def _read_label_studio(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
     """Both exports: the task under "data" with its annotations, and the short one with all in one object."""
-    task = row.get("data", row)
-    if not isinstance(task, dict):
-        raise BadRow(f"the field 'data' is {describe(task)}, not an object")
+    task = value_of(row, "data", dict, "an object") if "data" in row else row
     prompt = message_prompt(text_of(task, "prompt"))
     left, right = (as_answer(text_of(task, name)) for name in ("answer1", "answer2"))
     if kind == "prompts":
@@ -226,18 +256,15 @@ def _read_label_studio(row: dict[str, Any], kind: Kind, layout: Layout) -> list[
 
 def _selections(row: dict[str, Any]) -> list[tuple[object, object]]:
     """(side, labeller) of every annotation that was not cancelled."""
-    annotations = row.get("annotations", row.get("completions"))
-    if annotations is None:  # the short export keeps the result under the name of its control
+    if row.get("annotations", row.get("completions")) is None:  # the short export has the result under its control
         short = [value for value in row.values() if isinstance(value, dict) and "selected" in value]
         return [(value["selected"], row.get("annotator")) for value in short]
-    if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
-        raise BadRow("'annotations' must be a list of objects")
     sides: list[tuple[object, object]] = []
-    for annotation in annotations:
+    for annotation in list_of(row, "annotations|completions"):
         results = [] if annotation.get("was_cancelled") else annotation.get("result") or []
         values = [r.get("value") for r in results if isinstance(r, dict)]
-        found = [v["selected"] for v in values if isinstance(v, dict) and "selected" in v]
-        sides += [(side, annotation.get("completed_by")) for side in found]
+        chosen = [v["selected"] for v in values if isinstance(v, dict) and "selected" in v]
+        sides += [(side, annotation.get("completed_by")) for side in chosen]
     return sides
 
 
@@ -261,8 +288,8 @@ def _read_pair(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
 
 def _pair_of_messages(row: dict[str, Any]) -> Record:
     given = row.get("prompt")
-    start = turns_of(given, "prompt") if isinstance(given, list) else []
-    sides = [start + turns_of(row[name], name) for name in ("chosen", "rejected")]
+    start = turns_of(row, "prompt") if isinstance(given, list) else []
+    sides = [start + turns_of(row, name) for name in ("chosen", "rejected")]
     if isinstance(given, str) and all(len(turns) == 1 for turns in sides):  # answers alone, to the message in `prompt`
         sides = [[(HUMAN, not_blank(given)), *turns] for turns in sides]
     (prompt, better), (other, worse) = map(split_turns, sides)
@@ -286,17 +313,14 @@ def _provenance(row: dict[str, Any], prompt: str) -> Record:
 
 
 def _read_messages(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
-    name = find(row, "messages|conversations")
-    turns = turns_of(row[name], name)
+    turns = turns_of(row, "messages|conversations")
     if kind == "prompts" and turns[-1][0] == HUMAN:
         return [{"prompt": not_blank(as_text(turns)) + ASSISTANT}]
     return [_demonstration(*split_turns(turns))]
 
 
 def _read_instances(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
-    if not isinstance(row["instances"], list) or not all(isinstance(i, dict) for i in row["instances"]):
-        raise BadRow("'instances' must be a list of objects with input and output")
-    parts = [{"instruction": row["instruction"], **instance} for instance in row["instances"]]
+    parts = [{"instruction": row["instruction"], **instance} for instance in list_of(row, "instances")]
     return [record for part in parts for record in _read_demonstration(part, kind, layout)]
 
 

@@ -49,6 +49,12 @@ class Share:
         return {"share": self.mean, "interval": list(self.interval), "of": self.of}
 
 
+def share_text(share: dict[str, Any]) -> str:
+    """A plain share in words."""
+    low, high = share["interval"]
+    return f"{share['share']:.1%} ({low:.1%} to {high:.1%}) of {share['of']}"
+
+
 def first_labels(labels: Sequence[Label]) -> list[Label]:
     """Each labeller's first label of each item, skips left out."""
     first = {(label.labeller, label.item): label for label in reversed(labels) if label.verdict != "skip"}
@@ -82,41 +88,29 @@ def self_agreement(labels: Sequence[Label]) -> dict[str, Share]:
     return {name: Share(count[True], count.total()) for name, count in sorted(same.items())}
 
 
-@dataclass(frozen=True)
-class OrderBias:
-    """A judge that was asked every pair in both orders.
+def order_bias(labels: Sequence[Label]) -> dict[str, dict[str, Any]]:
+    """Effect of the order of reading on the verdicts of each judge that was asked every pair in both orders.
 
     first           mean probability that the one read first is better; 1/2 without a liking for a place
-    contradictions  pairs on which the two orders say different things
+    contradictions  share of pairs on which the two orders say different things
     """
-
-    labeller: str
-    first: float
-    contradictions: Share
-
-    def __str__(self) -> str:
-        low, high = self.contradictions.interval
-        return (
-            f"{self.labeller} gives the one it reads first a probability of {self.first:.3f} on average; its two "
-            f"orders contradict each other in {self.contradictions.mean:.1%} ({low:.1%} to {high:.1%}) of "
-            f"{self.contradictions.of} pairs"
-        )
-
-
-def order_bias(labels: Sequence[Label]) -> dict[str, OrderBias]:
-    """What the order of reading does to each judge's verdicts, before its two orders are averaged."""
     asked: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for label in labels:
         if label.orders is not None:
             asked[label.labeller].append(label.orders)
-    return {
-        name: OrderBias(
-            name,
-            sum(map(sum, orders)) / (2 * len(orders)),
-            Share(sum((one - 0.5) * (other - 0.5) > 0 for one, other in orders), len(orders)),
-        )
-        for name, orders in sorted(asked.items())
-    }
+    biases = {}
+    for name, orders in sorted(asked.items()):
+        against = Share(sum((one - 0.5) * (other - 0.5) > 0 for one, other in orders), len(orders))
+        biases[name] = {"first": sum(map(sum, orders)) / (2 * len(orders)), "contradictions": against.plain()}
+    return biases
+
+
+def order_sentence(labeller: str, bias: dict[str, Any]) -> str:
+    """An `order_bias` in words."""
+    return (
+        f"{labeller} gives the one it reads first a probability of {bias['first']:.3f} on average; its two orders "
+        f"contradict each other in {share_text(bias['contradictions'])} pairs"
+    )
 
 
 def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> float:

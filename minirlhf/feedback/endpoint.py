@@ -18,7 +18,7 @@ import os
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +32,9 @@ from urllib3.exceptions import HTTPError, InvalidHeader, ReadTimeoutError
 from minirlhf.config import Count, Positive
 from minirlhf.evaluate.judges import question
 from minirlhf.feedback.label_file import Journal
-from minirlhf.feedback.machine import PairsConfig, Question, by_pairs, label_by_machine
+from minirlhf.feedback.machine import PairsConfig, by_pairs, questions_of, tasks_and_file, write_labels
 from minirlhf.files import read_records
-from minirlhf.runtime import UserError, held_signals, require
+from minirlhf.runtime import UserError, require
 
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # may go better another time
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0  # seconds
@@ -73,12 +73,9 @@ def main(config: Config) -> Path:
     """Label the candidates; returns the file."""
     with CallLog(config.calls or config.run / "labels" / "calls.jsonl") as log:
         server = Endpoint(config, log, key=os.environ.get(config.key_variable, ""))
-
-        def preferred(questions: Sequence[Question]) -> Iterator[float | None]:
-            for asked in questions:
-                yield share_of("A", "B", server.first_token(question(*asked, instruction=config.instruction)))
-
-        output = label_by_machine(config, lambda tasks: by_pairs(config, tasks, preferred))
+        tasks, output = tasks_and_file(config)
+        asked = (server.first_token(question(*q, instruction=config.instruction)) for q in questions_of(tasks))
+        write_labels(output, by_pairs(config, tasks, [share_of("A", "B", logprobs) for logprobs in asked]))
         print(f"{log.path}: {log.calls} calls, {log.tokens} tokens in all")
     return output
 
@@ -113,9 +110,8 @@ class CallLog(Journal):
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a call; it is on the disk when this returns."""
-        with held_signals():
-            self.write(row)
-            self._count(row)
+        self.write(row)
+        self._count(row)
 
 
 class Failure(Exception):

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from minirlhf.config import Settings
-from minirlhf.data.formats import FORMATS, BadRow, LeftOut, as_answer, text_of
-from minirlhf.feedback.labels import Candidates, Label, Row, new_file, parse_candidates, ranks_of, read_lines, values_of
+from minirlhf.data.formats import FORMATS, BadRow, as_answer, list_of, text_of, value_of
+from minirlhf.feedback.labels import Candidates, Label, Row, new_file, parse_candidates, ranks_of, read_lines
 from minirlhf.feedback.tasks import Task, TaskConfig, make_tasks
 from minirlhf.files import write_records, write_text
 from minirlhf.runtime import UserError, require
@@ -66,12 +66,11 @@ def export_tasks(config: ExportConfig) -> Path:
 def task_data(task: Task) -> dict[str, Any]:
     """What Label Studio keeps of a task: the texts to read, and those that labels are about."""
     left, right = (answer.strip() for answer in task.answers)
-    known = {name: value for name, value in vars(task.candidates).items() if value is not None}
     return {
         "prompt": task.question,
         "answer1": left,
         "answer2": right,
-        "source": {**known, "shown": task.shown},
+        "source": {**task.candidates.record(), "shown": task.shown},
     }
 
 
@@ -89,16 +88,7 @@ def import_labels(config: ImportConfig) -> Path:
 
 def read_export(path: Path) -> tuple[list[Label], Counter[str]]:
     """The labels in an export, and why tasks were left out; raises UserError with file:line for a bad one."""
-    left_out: Counter[str] = Counter()
-
-    def parse(row: Row) -> list[Label]:
-        try:
-            return _labels(row)
-        except LeftOut as reason:
-            left_out[str(reason)] += 1
-            return []
-
-    return [label for labels in read_lines(path, parse) for label in labels], left_out
+    return read_lines(path, _labels)
 
 
 def _labels(row: Row) -> list[Label]:
@@ -118,10 +108,8 @@ def _labels(row: Row) -> list[Label]:
 
 def _task(data: Row) -> Task:
     """The task that `export_tasks` put there; raises BadRow where its texts are not those that were read."""
-    source = data["source"]
-    if not isinstance(source, dict):
-        raise BadRow("'source' is not an object; export the tasks anew")
-    task = Task(parse_candidates(source), values_of(source, "shown", 2))
+    source = value_of(data, "source", dict, "an object; export the tasks anew")
+    task = Task(parse_candidates(source), tuple(list_of(source, "shown", 2)))
     texts = [text_of(data, name).strip() for name in ("answer1", "answer2")]
     if sorted(task.shown) != [0, 1] or [answer.strip() for answer in task.answers] != texts:
         raise BadRow("'answer1' and 'answer2' are not the responses under 'source'; export the tasks anew")

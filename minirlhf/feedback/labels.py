@@ -20,14 +20,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minirlhf.data.containers import Bad
-from minirlhf.data.formats import BadRow, answers_of, describe, find, list_of, text_of, texts_of
+from minirlhf.data.formats import BadRow, answers_of, describe, is_number, list_of, text_of, texts_of, value_of
 from minirlhf.data.readers import read_source
 from minirlhf.runtime import UserError, require
 
@@ -44,6 +43,10 @@ class Candidates:
     responses: tuple[str, ...]
     response_ids: tuple[list[int], ...] | None = None
     sources: tuple[str, ...] | None = None
+
+    def record(self) -> dict[str, Any]:
+        """The fields that are known."""
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
@@ -103,30 +106,22 @@ def new_file(path: Path) -> Path:
     return path
 
 
-def read_lines(path: Path, parse: Callable[[Row], R]) -> list[R]:
-    """`parse` of every object in a JSON Lines file or JSON array.
+def read_lines(path: Path, parse: Callable[[Row], list[R]]) -> tuple[list[R], Counter[str]]:
+    """All that `parse` makes of the objects in a JSON Lines file or JSON array, and why it left some out (LeftOut).
 
     Raises UserError with file, line and reason of the first object that is not JSON or that `parse` refuses (BadRow).
     """
     content = read_source(Path(path), "", ())
-    values, bad = [], list(content.bad)
-    for row in content.rows:
-        try:
-            if not isinstance(row.value, dict):
-                raise BadRow("not a JSON object; each line must hold one")
-            values.append(parse(row.value))
-        except BadRow as error:
-            bad.append(Bad(row.place, str(error)))
-    if bad:
-        first = min(bad, key=lambda one: int(one.place.rpartition(":")[2]))
-        raise UserError(f"{first} (bad lines: {len(bad)}; nothing was read)")
-    require(len(values) > 0, f"{path}: holds no records")
-    return values
+    values = content.parse(parse)
+    if content.bad:
+        raise UserError(f"{content.bad[0]} (bad lines: {len(content.bad)}; nothing was read)")
+    require(len(content.rows) > 0, f"{path}: holds no records")
+    return values, content.left_out
 
 
 def read_candidates(path: Path) -> list[Candidates]:
     """The candidates in a file that `collect` or the simulated labeller wrote; raises UserError with file:line."""
-    return read_lines(path, parse_candidates)
+    return read_lines(path, lambda row: [parse_candidates(row)])[0]
 
 
 def read_labels(path: Path) -> list[Label]:
@@ -135,7 +130,7 @@ def read_labels(path: Path) -> list[Label]:
     Rankings and pairs of other origin are labels too (the simulated labeller's, or `prompt`, `chosen`, `rejected`):
     what they do not tell stays unknown. The verdict follows from the ranks, the labeller is "unknown" where unnamed.
     """
-    return read_lines(path, parse_label)
+    return read_lines(path, lambda row: [parse_label(row)])[0]
 
 
 def parse_candidates(row: Row) -> Candidates:
@@ -153,24 +148,21 @@ def parse_label(row: Row) -> Label:
         row = {**row, "responses": [row["chosen"], text_of(row, "rejected")], "ranks": [0, 1]}
     compared = parse_candidates(row)
     count = len(compared.responses)
-    find(row, "ranks")
-    sizes = {"ranks": count, "shown": count, "scores": count, "orders": 2}
-    lists: dict[str, Any] = {name: values_of(row, name, size) for name, size in sizes.items() if name in row}
-    ranks, shown = lists["ranks"], lists.get("shown")
+    sizes = {"shown": count, "scores": count, "orders": 2}
+    lists: dict[str, Any] = {name: tuple(list_of(row, name, size)) for name, size in sizes.items() if name in row}
+    ranks, shown = tuple(list_of(row, "ranks", count)), lists.get("shown")
     if sorted(set(ranks)) != list(range(len(set(ranks)))):
         raise BadRow(f"'ranks' {list(ranks)} leave a rank out; count 0 for the best, then 1, and so on")
     if shown is not None and sorted(shown) != list(range(count)):
         raise BadRow(f"'shown' {list(shown)} must name each of the {count} positions once, from 0")
-    verdict = text_of(row, "verdict") if "verdict" in row else ("tie" if len(set(ranks)) == 1 else "ranked")
-    _check_verdict(verdict, ranks, shown)
-    given: dict[str, Any] = {name: row[name] for name in ("repeat", "seconds") if name in row}
-    given |= {name: text_of(row, name) for name in ("labeller", "note") if name in row}
-    label = Label(**vars(compared), **lists, **{"labeller": "unknown", "verdict": verdict, **given})
+    row = {"verdict": "tie" if len(set(ranks)) == 1 else "ranked", "labeller": "unknown", "note": "", **row}
+    texts: dict[str, Any] = {name: text_of(row, name) for name in ("verdict", "labeller", "note")}
+    repeat = value_of({"repeat": False, **row}, "repeat", bool, "true or false")
+    label = Label(**vars(compared), ranks=ranks, **texts, repeat=repeat, seconds=row.get("seconds"), **lists)
+    _check_verdict(label.verdict, ranks, shown)
     if not label.labeller.strip():
         raise BadRow("the field 'labeller' is blank")
-    if not isinstance(label.repeat, bool):
-        raise BadRow(f"the field 'repeat' is {describe(label.repeat)}, not true or false")
-    if label.seconds is not None and not (_is_number(label.seconds) and label.seconds >= 0):
+    if label.seconds is not None and not (is_number(label.seconds) and label.seconds >= 0):
         raise BadRow(f"the field 'seconds' is {describe(label.seconds)}, not a number of 0 or more")
     if row.get("item", label.item) != label.item:
         raise BadRow(f"'item' is {row['item']!r}, but this prompt and these responses are {label.item!r}")
@@ -186,29 +178,3 @@ def _check_verdict(verdict: str, ranks: tuple[int, ...], shown: tuple[int, ...] 
     agrees = ranks == ranks_of(verdict, shown or ()) if sided else (verdict == "ranked") == (len(set(ranks)) > 1)
     if not agrees:
         raise BadRow(f"the verdict {verdict!r} and the ranks {list(ranks)} contradict each other")
-
-
-def values_of(row: Row, name: str, count: int) -> tuple[Any, ...]:
-    """A list of `count` values of the kind that goes by this name; raises BadRow."""
-    values = list_of(row, name, count)
-    good, words = KINDS[name]
-    if not all(good(value) for value in values):
-        raise BadRow(f"{name!r} must be {words}")
-    return tuple(values)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
-
-
-# What the values of a list must be, and that in words.
-KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "ranks": (_is_count, "whole numbers of 0 or more"),
-    "shown": (_is_count, "whole numbers of 0 or more"),
-    "scores": (_is_number, "numbers"),
-    "orders": (lambda value: _is_number(value) and 0 <= value <= 1, "probabilities, from 0 to 1"),
-}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 import socketserver
+import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -61,6 +62,7 @@ class PageServer(ThreadingHTTPServer):
 
     def __init__(self, session: Session, *, port: int) -> None:
         self.session, self.token, self.nonce = session, secrets.token_urlsafe(16), secrets.token_urlsafe(16)
+        self.lock = threading.Lock()  # held while the session is read or changed: each request has a thread
         self.failure: UserError | None = None
         try:
             super().__init__(("127.0.0.1", port), Handler)
@@ -94,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
             page = HTML.read_text(encoding="utf-8").replace("{{nonce}}", self.server.nonce)
             self._send(HTTPStatus.OK, "text/html; charset=utf-8", page.encode())
         elif place == "state":
-            with self.server.session.lock:
+            with self.server.lock:
                 self._send_json(HTTPStatus.OK, state(self.server.session))
         else:
             self._refuse(HTTPStatus.NOT_FOUND)
@@ -121,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.BAD_REQUEST)
             return
         session = self.server.session
-        with session.lock:
+        with self.server.lock:
             if version != session.version:
                 self._send_json(HTTPStatus.CONFLICT, state(session))
                 return

@@ -6,7 +6,6 @@ from best to worst, = before a number to tie it with the one before, Enter to le
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ class Session:
     tasks     all tasks; those that this labeller has labelled in `file` are done
     message   what the last key did, in words
     note      goes into the label of the current task
-    lock      held by whoever presses a key: the page answers from several threads
+    version   tells every state from every other
     """
 
     def __init__(
@@ -36,9 +35,7 @@ class Session:
         longest = max((len(task.shown) for task in tasks), default=0)
         require(longest <= MOST, f"{longest} responses to a prompt: at most {MOST} can be ranked by hand")
         self.tasks, self.file, self.labeller, self.clock = list(tasks), file, labeller, clock
-        self.lock = threading.RLock()
         self.message, self.version = "", 0
-        self._places = {task.key: i for i, task in enumerate(self.tasks)}
         self._began, self._saved = clock(), 0
         mine = [label for label in file.labels if label.labeller == labeller]
         self._done = {(label.item, label.repeat) for label in mine}
@@ -48,14 +45,14 @@ class Session:
     # -------------------------------------------------------------------------------------------------------- the task
     def _go_on(self) -> None:
         """To the first task that is not done; what was skipped is not asked again."""
-        self._start(next((i for i, task in enumerate(self.tasks) if self._open(task)), None))
+        self._start(next((task for task in self.tasks if self._open(task)), None))
 
     def _open(self, task: Task) -> bool:
         item, repeat = task.key
         return task.key not in self._done and not (repeat and item in self._skipped)
 
-    def _start(self, place: int | None) -> None:
-        self.current = None if place is None else self.tasks[place]
+    def _start(self, task: Task | None) -> None:
+        self.current = task
         self.picked: list[list[int]] = []  # levels of displayed positions, best first
         self._tie_next = False
         self.note = ""
@@ -73,19 +70,13 @@ class Session:
     # ------------------------------------------------------------------------------------------------------------ keys
     def press(self, key: str) -> None:
         """What one key does; `message` says it in words. A label is on the disk when this returns."""
-        with self.lock:
-            self.version += 1
-            self._act(key)
-
-    def _act(self, key: str) -> None:
+        self.version += 1
+        task = self.current
         if key == "u":
             self._undo()
-            return
-        task = self.current
-        if task is None:
+        elif task is None:
             self.message = "all done; u undoes the last label"
-            return
-        if key in VERDICT_KEYS:
+        elif key in VERDICT_KEYS:
             self._save(task, [list(range(len(task.shown)))], VERDICT_KEYS[key])
         elif len(task.shown) == 2 and key in SIDES:
             self._save(task, [[SIDES[key]], [1 - SIDES[key]]])
@@ -104,10 +95,9 @@ class Session:
         elif key == "enter":
             self._save(task, [*self.picked, left])
         elif int(key) - 1 in left:
-            if self._tie_next:
-                self.picked[-1].append(int(key) - 1)
-            else:
-                self.picked.append([int(key) - 1])
+            if not self._tie_next:
+                self.picked.append([])
+            self.picked[-1].append(int(key) - 1)
             self._tie_next = False
             places = " > ".join(" = ".join(str(i + 1) for i in level) for level in self.picked)
             self.message = f"best first: {places}"
@@ -142,13 +132,14 @@ class Session:
             return
         last = self.file.labels[-1] if self.file.labels else None
         key = (last.item, last.repeat) if last else None
-        if last is None or last.labeller != self.labeller or key not in self._places:
+        task = next((task for task in self.tasks if task.key == key), None)
+        if last is None or last.labeller != self.labeller or task is None:
             self.message = "nothing to undo"
             return
         self.file.pop()
         self._saved -= 1
         self._done.discard(key)
         self._skipped.discard(last.item)
-        self._start(self._places[key])
+        self._start(task)
         self.note = last.note
         self.message = f"undone: {last.verdict}"

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from minirlhf.config import Settings
-from minirlhf.feedback.agreement import between_labellers, order_bias, position_bias, self_agreement
+from minirlhf.feedback import agreement
 from minirlhf.feedback.labels import VERDICTS, Label, read_labels
 from minirlhf.feedback.strengths import NoStrengths, strengths
 from minirlhf.files import write_json
@@ -60,13 +60,12 @@ def summarise(labels: Sequence[Label]) -> dict[str, Any]:
         "notes": sum(bool(label.note) for label in labels),
         "median_seconds": float(np.median(seconds)) if seconds else None,
         "verdicts": _verdicts(labels),
-        "shown_first": {str(k): {**share.plain(), "chance": 1 / k} for k, share in position_bias(labels).items()},
-        "order_bias": {
-            name: {"first": bias.first, "contradictions": bias.contradictions.plain()}
-            for name, bias in order_bias(labels).items()
+        "shown_first": {
+            str(k): {**share.plain(), "chance": 1 / k} for k, share in agreement.position_bias(labels).items()
         },
-        "self_agreement": {name: share.plain() for name, share in self_agreement(labels).items()},
-        "agreement": between_labellers(labels),
+        "order_bias": agreement.order_bias(labels),
+        "self_agreement": {name: share.plain() for name, share in agreement.self_agreement(labels).items()},
+        "agreement": agreement.between_labellers(labels),
         "strengths": ratings,
         "no_strengths_because": reason,
     }
@@ -92,22 +91,16 @@ def table(summary: dict[str, Any]) -> str:
     ]
     lines.append("")
     for k, row in summary["shown_first"].items():
-        lines.append(f"the one shown first was best of {k}: {_share(row)}; {row['chance']:.1%} without a bias")
-    for name, row in summary["order_bias"].items():
-        lines.append(f"{name} gives the one it reads first {row['first']:.3f} on average; its two orders contradict")
-        lines.append(f"each other in {_share(row['contradictions'])}")
+        share = agreement.share_text(row)
+        lines.append(f"the one shown first was best of {k}: {share}; {row['chance']:.1%} without a bias")
+    lines += [agreement.order_sentence(name, row) for name, row in summary["order_bias"].items()]
     for name, row in summary["self_agreement"].items():
-        lines.append(f"{name} agrees with their own earlier label: {_share(row)}")
+        lines.append(f"{name} agrees with their own earlier label: {agreement.share_text(row)}")
     for row in summary["agreement"]:
         names = " and ".join(row["labellers"])
         kappa = "not defined" if row["kappa"] is None else f"{row['kappa']:.2f}"
-        lines.append(f"{names} agree: {_share(row)}, Cohen's kappa {kappa}")
+        lines.append(f"{names} agree: {agreement.share_text(row)}, Cohen's kappa {kappa}")
     return "\n".join([*lines, "", *_strength_table(summary)])
-
-
-def _share(row: dict[str, Any]) -> str:
-    low, high = row["interval"]
-    return f"{row['share']:.1%} ({low:.1%} to {high:.1%}) of {row['of']}"
 
 
 def _strength_table(summary: dict[str, Any]) -> list[str]:

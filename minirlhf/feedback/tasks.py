@@ -117,8 +117,8 @@ def _pairs(candidates: Sequence[Candidates], count: int, seed: int) -> list[Cand
     for number, c in enumerate(candidates):
         every = list(itertools.combinations(range(len(c.responses)), 2))
         for n in permutation(len(every), seed, Stream.LABELLER, number)[:count]:
-            i, j = every[n]
-            ids = None if c.response_ids is None else (c.response_ids[i], c.response_ids[j])
-            sources = None if c.sources is None else (c.sources[i], c.sources[j])
-            pairs.append(Candidates(c.prompt, (c.responses[i], c.responses[j]), ids, sources))
+            columns = {
+                name: tuple(values[i] for i in every[n]) for name, values in c.record().items() if name != "prompt"
+            }
+            pairs.append(Candidates(c.prompt, **columns))
     return pairs
