@@ -19,7 +19,7 @@ from minirlhf.encode import encode_example, encode_prompt
 from minirlhf.evaluate import judges
 from minirlhf.evaluate.judges import comparison_text
 from minirlhf.feedback import machine, pairs, stats
-from minirlhf.feedback.agreement import Share, order_bias
+from minirlhf.feedback.agreement import order_bias, share
 from minirlhf.feedback.labels import Candidates, Label, read_labels
 from minirlhf.feedback.machine import by_orders, tasks_and_file, write_labels
 from minirlhf.feedback.pairs import worked_comparisons
@@ -110,7 +110,7 @@ def test_a_judge_that_always_takes_the_first_has_no_preference_and_is_found_out(
     labels.append(Label("p", (" a", " b"), (0, 1), "left", "j", shown=(0, 1), orders=(0.7, 0.1)))
     bias = order_bias(labels)["j"]
     # (3 x 1.8 + 0.8) / 8 = 0.775; the first three say "the first" twice
-    assert bias == {"first": pytest.approx(0.775), "contradictions": Share(3, 4).plain()}
+    assert bias == {"first": pytest.approx(0.775), "contradictions": share(3, 4)}
     summary = stats.summarise(labels)
     assert summary["order_bias"] == {"j": bias}
     words = "j gives the one it reads first a probability of 0.775 on average; its two orders contradict each other in"

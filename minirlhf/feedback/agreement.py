@@ -10,7 +10,6 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from minirlhf.feedback.labels import Label
@@ -18,41 +17,26 @@ from minirlhf.feedback.labels import Label
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
-@dataclass(frozen=True)
-class Share:
-    """`count` out of `of`, with the 95 % interval of the probability behind it."""
+def share(count: int, of: int) -> dict[str, Any]:
+    """`count` out of `of` with the 95 % interval of the probability behind it: Wilson's, which stays within 0 and 1 and
+    holds for few labels too. The share of none is nan, its interval 0 to 1.
 
-    count: int
-    of: int
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),  z = 1.96
 
-    @property
-    def mean(self) -> float:
-        """The share; nan of none."""
-        return self.count / self.of if self.of else math.nan
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's interval, which stays within 0 and 1 and holds for few labels too; (0, 1) of none.
-
-        (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),  z = 1.96
-
-        Wilson 1927. Trap: p -+ z sqrt(p(1-p)/n) would give 20 of 20 the interval from 1 to 1.
-        """
-        n, p = self.of, self.mean
-        if not n:
-            return 0.0, 1.0
-        middle, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        return max(0.0, (middle - half) / (1 + Z**2 / n)), min(1.0, (middle + half) / (1 + Z**2 / n))
-
-    def plain(self) -> dict[str, Any]:
-        """The share as JSON holds it."""
-        return {"share": self.mean, "interval": list(self.interval), "of": self.of}
+    Wilson 1927. Trap: p -+ z sqrt(p(1-p)/n) would give 20 of 20 the interval from 1 to 1.
+    """
+    if not of:
+        return {"share": math.nan, "interval": [0.0, 1.0], "of": 0}
+    p, scale = count / of, 1 + Z**2 / of
+    middle, half = p + Z**2 / (2 * of), Z * math.sqrt(p * (1 - p) / of + Z**2 / (4 * of**2))
+    interval = [max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)]
+    return {"share": p, "interval": interval, "of": of}
 
 
-def share_text(share: dict[str, Any]) -> str:
-    """A plain share in words."""
-    low, high = share["interval"]
-    return f"{share['share']:.1%} ({low:.1%} to {high:.1%}) of {share['of']}"
+def share_text(row: dict[str, Any]) -> str:
+    """A share in words."""
+    low, high = row["interval"]
+    return f"{row['share']:.1%} ({low:.1%} to {high:.1%}) of {row['of']}"
 
 
 def first_labels(labels: Sequence[Label]) -> list[Label]:
@@ -68,16 +52,16 @@ def choices(label: Label) -> list[int]:
     return [(a > b) - (a < b) for (_, a), (_, b) in itertools.combinations(ranked, 2)]
 
 
-def position_bias(labels: Sequence[Label]) -> dict[int, Share]:
+def position_bias(labels: Sequence[Label]) -> dict[int, dict[str, Any]]:
     """How often the best of K was the one shown first, by K; 1/K without a habit. First labels with one best count."""
     counts: dict[int, Counter[bool]] = defaultdict(Counter)
     for label in first_labels(labels):
         if label.shown is not None and label.ranks.count(0) == 1:
             counts[len(label.ranks)][label.ranks[label.shown[0]] == 0] += 1
-    return {k: Share(count[True], count.total()) for k, count in sorted(counts.items())}
+    return {k: share(count[True], count.total()) for k, count in sorted(counts.items())}
 
 
-def self_agreement(labels: Sequence[Label]) -> dict[str, Share]:
+def self_agreement(labels: Sequence[Label]) -> dict[str, dict[str, Any]]:
     """Share of pairs on which a labeller's later labels of an item say what the first one said."""
     first = {(label.labeller, label.item): label for label in first_labels(labels)}
     same: dict[str, Counter[bool]] = defaultdict(Counter)
@@ -85,7 +69,7 @@ def self_agreement(labels: Sequence[Label]) -> dict[str, Share]:
         original = first.get((label.labeller, label.item))
         if label.verdict != "skip" and original is not None and label is not original:
             same[label.labeller].update(a == b for a, b in zip(choices(original), choices(label), strict=True))
-    return {name: Share(count[True], count.total()) for name, count in sorted(same.items())}
+    return {name: share(count[True], count.total()) for name, count in sorted(same.items())}
 
 
 def order_bias(labels: Sequence[Label]) -> dict[str, dict[str, Any]]:
@@ -100,8 +84,8 @@ def order_bias(labels: Sequence[Label]) -> dict[str, dict[str, Any]]:
             asked[label.labeller].append(label.orders)
     biases = {}
     for name, orders in sorted(asked.items()):
-        against = Share(sum((one - 0.5) * (other - 0.5) > 0 for one, other in orders), len(orders))
-        biases[name] = {"first": sum(map(sum, orders)) / (2 * len(orders)), "contradictions": against.plain()}
+        against = share(sum((one - 0.5) * (other - 0.5) > 0 for one, other in orders), len(orders))
+        biases[name] = {"first": sum(map(sum, orders)) / (2 * len(orders)), "contradictions": against}
     return biases
 
 
@@ -137,7 +121,7 @@ def between_labellers(labels: Sequence[Label]) -> list[dict[str, Any]]:
         shared = sorted(by_labeller[both[0]].keys() & by_labeller[both[1]].keys())
         if shared:
             mine, theirs = ([c for item in shared for c in choices(by_labeller[who][item])] for who in both)
-            share = Share(sum(a == b for a, b in zip(mine, theirs, strict=True)), len(mine))
+            same = share(sum(a == b for a, b in zip(mine, theirs, strict=True)), len(mine))
             kappa = cohens_kappa(mine, theirs)
-            rows.append({"labellers": list(both), **share.plain(), "kappa": None if math.isnan(kappa) else kappa})
+            rows.append({"labellers": list(both), **same, "kappa": None if math.isnan(kappa) else kappa})
     return rows

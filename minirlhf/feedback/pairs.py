@@ -153,11 +153,7 @@ def _tied_pairs(record: Record, form: Form) -> list[Record]:
     ranks, made = record["ranks"], []
     for i, j in itertools.combinations(range(len(ranks)), 2):
         if ranks[i] == ranks[j] and (form == "rankings" or ranks[i] == 0):
-            columns: Record = {
-                name: [record[name][i], record[name][j]]
-                for name in ("responses", "sources", "response_ids")
-                if name in record
-            }
-            pair: Record = {"prompt": record["prompt"], "labeller": record["labeller"], **columns}
+            columns = ("responses", "sources", "response_ids")
+            pair = record | {name: [record[name][i], record[name][j]] for name in columns if name in record}
             made += [{**pair, "ranks": [0, 1]}, {**pair, "ranks": [1, 0]}]
     return made

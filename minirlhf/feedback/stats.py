@@ -60,11 +60,9 @@ def summarise(labels: Sequence[Label]) -> dict[str, Any]:
         "notes": sum(bool(label.note) for label in labels),
         "median_seconds": float(np.median(seconds)) if seconds else None,
         "verdicts": _verdicts(labels),
-        "shown_first": {
-            str(k): {**share.plain(), "chance": 1 / k} for k, share in agreement.position_bias(labels).items()
-        },
+        "shown_first": {str(k): {**row, "chance": 1 / k} for k, row in agreement.position_bias(labels).items()},
         "order_bias": agreement.order_bias(labels),
-        "self_agreement": {name: share.plain() for name, share in agreement.self_agreement(labels).items()},
+        "self_agreement": agreement.self_agreement(labels),
         "agreement": agreement.between_labellers(labels),
         "strengths": ratings,
         "no_strengths_because": reason,
