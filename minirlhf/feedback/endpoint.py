@@ -17,11 +17,10 @@ import math
 import os
 import random
 import threading
-import time
-from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -117,9 +116,9 @@ class CallLog(Journal):
 class Failure(Exception):
     """A call that failed. `wait` is the server's own wish, in seconds; inf where asking again is of no use."""
 
-    def __init__(self, reason: str, *, status: int | None = None, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
-        self.status, self.wait = status, wait
+        self.wait = wait
 
 
 class Endpoint:
@@ -131,16 +130,13 @@ class Endpoint:
     (Retry-After); an answer that cannot be read counts as broken. Every call is in the log and counts against the
     budget. Left out: several calls at a time, and streams.
 
-    key    sent as a bearer token; "" for none. It is never written to the log nor into an error
-    sleep  waits; another one for tests
+    key  sent as a bearer token; "" for none. It is never written to the log nor into an error
     """
 
-    def __init__(
-        self, config: Config, log: CallLog, *, key: str = "", sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, config: Config, log: CallLog, *, key: str = "") -> None:
         if config.url is None or config.model is None:
             raise UserError("--url and --model: say which server, and which model there")
-        self.config, self.url, self.log, self.key, self.sleep = config, config.url, log, key, sleep
+        self.config, self.url, self.log, self.key = config, config.url, log, key
         parts = urlsplit(self.url)
         require("@" not in self.url, "--url: holds a name or password; give a key by --key-variable alone")
         require(parts.scheme in ("http", "https") and bool(parts.hostname), f"--url {self.url!r}: give http(s)://…/v1")
@@ -182,7 +178,7 @@ class Endpoint:
             require(reason.wait <= LONGEST_WAIT, f"{self.url}: {reason}; {self._kept()}")
             if attempt < self.config.attempts:
                 backoff = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-                self.sleep(min(LONGEST_WAIT, max(backoff, reason.wait)))
+                sleep(min(LONGEST_WAIT, max(backoff, reason.wait)))
         raise UserError(f"{self.url}: {self.config.attempts} calls failed, the last with: {reason}; {self._kept()}")
 
     def _check_budget(self) -> None:
@@ -196,47 +192,42 @@ class Endpoint:
 
     def _call(self, key: str, request: dict[str, Any]) -> dict[str, float]:
         """One call, good or bad, and its line in the log."""
-        began, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+        began, clock = datetime.datetime.now(datetime.UTC), monotonic()
         row: dict[str, Any] = {"key": key, "time": began.isoformat(timespec="seconds"), "request": request}
         row |= {"status": None, "answer": None, "error": None, "tokens": len(json.dumps(request).encode())}
         try:
-            reply = self._post(request)
-            row |= {"status": 200, "answer": first_token_logprobs(reply)}
+            row["status"], wait, content = self._exchange(request)
+            reply = self._read(row["status"], wait, content)
+            row["answer"] = first_token_logprobs(reply)
             row["tokens"] = _tokens(reply, otherwise=row["tokens"])
             return row["answer"]
         except Failure as failure:
-            row |= {"status": failure.status, "error": str(failure)}
-            row["tokens"] *= failure.status in (None, 200)  # with another one it says that it did not do it
+            row["error"] = str(failure)
+            row["tokens"] *= row["status"] in (None, 200)  # with another one it says that it did not do it
             raise
         finally:
-            self.log.add({**row, "seconds": round(time.monotonic() - clock, 3)})
+            self.log.add({**row, "seconds": round(monotonic() - clock, 3)})
 
-    def _post(self, request: dict[str, Any]) -> Any:
-        """The reply as JSON; raises Failure."""
-        try:
-            status, wait, content = self._exchange(request)
-        except (TimeoutError, requests.Timeout, ReadTimeoutError) as error:
-            raise Failure(f"no answer within {self.config.timeout:g} s") from error
-        except (OSError, HTTPError) as error:
-            raise Failure(_first_cause(error)) from error
+    def _read(self, status: int, wait: float, content: bytes) -> Any:
+        """An answer's body as JSON."""
         if not 200 <= status < 300:
             words = content.decode("utf-8", "replace")
             words = " ".join((words.replace(self.key, "***") if self.key else words).split())[:500]
             words = f": {words}" if words else ""
             words += f"; it asks to wait {wait:.0f} s" if wait > LONGEST_WAIT else ""
-            raise Failure(f"status {status}{words}", status=status, wait=wait if status in BUSY else math.inf)
+            raise Failure(f"status {status}{words}", wait if status in BUSY else math.inf)
         if len(content) > LARGEST:
-            raise Failure(f"an answer of more than {LARGEST} bytes", status=200)
+            raise Failure(f"an answer of more than {LARGEST} bytes")
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            raise Failure("the answer is not JSON", status=200) from error
+            raise Failure("the answer is not JSON") from error
 
     def _exchange(self, request: dict[str, Any]) -> tuple[int, float, bytes]:
         """Status, seconds that it asks to wait, and body of one POST, of which no more than LARGEST + 1 bytes are read.
 
-        Raises TimeoutError when it takes longer than `timeout` in all. The limits of `requests` hold for each read, and
-        a server that sends a byte now and then would keep within them for ever: so another thread waits for it.
+        The time limit is for all of it. Those of `requests` hold for each read, and a server that sends a byte now and
+        then would keep within them for ever: so another thread waits for it.
         """
         result: Future[tuple[int, float, bytes]] = Future()
 
@@ -256,7 +247,12 @@ class Endpoint:
                 result.set_exception(error)
 
         threading.Thread(target=post, daemon=True).start()
-        return result.result(self.config.timeout)
+        try:
+            return result.result(self.config.timeout)
+        except (TimeoutError, requests.Timeout, ReadTimeoutError) as error:
+            raise Failure(f"no answer within {self.config.timeout:g} s") from error
+        except (OSError, HTTPError) as error:
+            raise Failure(_first_cause(error)) from error
 
 
 def _first_cause(error: BaseException) -> str:
@@ -274,14 +270,13 @@ def first_token_logprobs(reply: Any) -> dict[str, float]:
     try:
         logprobs = reply["choices"][0]["logprobs"]
         if logprobs is None:
-            words = "the server gives no log-probabilities (logprobs is null), which the judge needs"
-            raise Failure(words, status=200, wait=math.inf)
+            raise Failure("the server gives no log-probabilities (logprobs is null), which the judge needs", math.inf)
         rows = [(row["token"], row["logprob"]) for row in logprobs["content"][0]["top_logprobs"]]
     except (KeyError, IndexError, TypeError) as error:
-        raise Failure("the answer has no choices[0].logprobs.content[0].top_logprobs", status=200) from error
+        raise Failure("the answer has no choices[0].logprobs.content[0].top_logprobs") from error
     good = [isinstance(token, str) and type(logprob) in (int, float) and logprob <= 1e-3 for token, logprob in rows]
     if not rows or not all(good):
-        raise Failure("the answer's log-probabilities are not texts with numbers up to 0", status=200)
+        raise Failure("the answer's log-probabilities are not texts with numbers up to 0")
     return {token: max(float(logprob), -1e4) for token, logprob in rows}  # JSON has no -inf
 
 
