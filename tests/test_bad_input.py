@@ -43,7 +43,7 @@ CASES = [
     ("an empty array", b"[]", DEMOS, None, "holds no records"),
     ("a broken line", GOOD + b"{oops\n", DEMOS, 2, "not JSON"),
     ("a line cut off", GOOD + GOOD[:-9], DEMOS, 2, "not JSON"),
-    ("two objects on a line", GOOD + GOOD[:-1] + GOOD, DEMOS, 2, "something follows the value"),
+    ("two objects on a line", GOOD + GOOD[:-1] + GOOD, DEMOS, 2, "not JSON (Extra data)"),
     ("single quotes", GOOD + b"{'prompt': 'p', 'response': 'r'}\n", DEMOS, 2, "not JSON"),
     ("a trailing comma", GOOD + b'{"prompt": "p", "response": "r",}\n', DEMOS, 2, "not JSON"),
     (
@@ -256,7 +256,7 @@ CASES = [
         rows({"text": "a", "label": 1}, {"text": "a", "label": "good"}),
         DEMOS,
         2,
-        "the field 'label' is 'good', not a number",
+        "the field 'label' is 'good', not a finite number",
     ),
     (
         "an endless rating",

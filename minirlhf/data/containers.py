@@ -13,7 +13,7 @@ import json
 import re
 import zlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -53,13 +53,6 @@ class Dataset:
     records: list[Record] = field(default_factory=list)
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def add(self, place: str, value: Any, faults: list[str]) -> None:
-        """Take a value as a row, or its first fault."""
-        if faults:
-            self.bad.append(Bad(place, faults[0]))
-        else:
-            self.rows.append((place, value))
-
     def parse(self, read: Callable[[dict[str, Any]], list[R]]) -> list[R]:
         """All that `read` makes of the rows; a row that it refuses (BadRow) becomes bad, or is left out and counted."""
         results: list[R] = []
@@ -83,82 +76,77 @@ class Dataset:
 
 
 # ---------------------------------------------------------------------------------------------------------------- JSON
-def _value_at(text: str, start: int = 0) -> tuple[Any, int, list[str]]:
-    """The value that starts at `start`, where it ends, and its faults; raises ValueError with the reason in words.
+def _as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise BadRow(f"the field {twice!r} stands twice in one object")
+    return fields
 
-    Strict: NaN and Infinity, which are not JSON, and keys that stand twice are faults, not values.
-    """
-    faults: list[str] = []
 
-    def as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        counts = Counter(key for key, _ in pairs)
-        faults.extend(f"the field {key!r} stands twice in one object" for key, count in counts.items() if count > 1)
-        return dict(pairs)
+def _refuse(name: str) -> None:
+    raise BadRow(f"{name} is not JSON; write a number or null")
 
-    def refuse(name: str) -> None:
-        faults.append(f"{name} is not JSON; write a number or null")
 
-    try:
-        return *json.JSONDecoder(object_pairs_hook=as_dict, parse_constant=refuse).raw_decode(text, start), faults
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+JSON, STRICT = json.JSONDecoder(), json.JSONDecoder(object_pairs_hook=_as_dict, parse_constant=_refuse)
+NOT_JSON = (ValueError, RecursionError)
 
 
 def _is_whole(text: str) -> bool:
     """True where a text is one JSON value and nothing else."""
     try:
-        return _value_at(text)[1] == len(text)
-    except ValueError:
+        JSON.decode(text)
+    except NOT_JSON:
         return False
+    return True
 
 
 def _read_json(lines: list[str], path: Path) -> Dataset:
-    """One array, one document, or one value a line: the latter where the first line is a whole object or text."""
-    text = "\n".join(lines)
+    """One array, one document, or one value a line: the latter where the first line is a whole object or text.
+
+    Strict: NaN and Infinity, which are not JSON, and keys that stand twice are faults, not values.
+    """
+    text, content = "\n".join(lines), Dataset("JSON Lines")
     start = len(text) - len(text.lstrip())
+    parts: Iterable[tuple[int, str]] = enumerate(lines, 1)
     if text[start] == "[":
-        return _read_array(text, start, path)
-    if _is_whole(text[start:].partition("\n")[0].strip()) or not _is_whole(text.strip()):
-        content, parts = Dataset("JSON Lines"), list(enumerate(lines, 1))
-    else:
-        content, parts = Dataset("JSON"), [(text.count("\n", 0, start) + 1, text)]
+        content.container, parts = "JSON array", _elements(text, start, path, content.bad)
+    elif not _is_whole(text[start:].partition("\n")[0]) and _is_whole(text):
+        content.container, parts = "JSON", [(text.count("\n", 0, start) + 1, text)]
     for number, part in parts:
-        part, place = part.strip(" \t\r\n"), f"{path}:{number}"
-        if not part:
-            continue
+        place = f"{path}:{number}"
         try:
-            value, end, faults = _value_at(part)
-            if end < len(part):
-                raise ValueError("something follows the value")
-            content.add(place, value, faults)
-        except ValueError as error:
+            if part.strip(" \t\r\n"):
+                content.rows.append((place, STRICT.decode(part)))
+        except BadRow as fault:
+            content.bad.append(Bad(place, str(fault)))
+        except NOT_JSON as error:
             reason = getattr(error, "msg", error)
             content.bad.append(Bad(place, f"not JSON ({reason}); each line must hold one object"))
     return content
 
 
-def _read_array(text: str, start: int, path: Path) -> Dataset:
-    """The elements of one JSON array, each with the line it starts on; stops where the syntax breaks."""
-    content, line, counted = Dataset("JSON array"), 1, 0
+def _elements(text: str, start: int, path: Path, bad: list[Bad]) -> Iterator[tuple[int, str]]:
+    """The elements of the array that begins at `start`, each with its line; what breaks the syntax is bad, and last."""
+    line, counted = 1, 0
     position, mark = _skip(text, start + 1), ","
     while mark == "," and text[position : position + 1] not in ("", "]"):
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, position, faults = _value_at(text, position)
-        except ValueError as error:
+            end = JSON.raw_decode(text, position)[1]
+        except NOT_JSON as error:
             where, reason = getattr(error, "lineno", line), getattr(error, "msg", error)
-            content.bad.append(Bad(f"{path}:{where}", f"not JSON ({reason}); the rest of the file was not read"))
-            return content
-        content.add(f"{path}:{line}", value, faults)
-        position = _skip(text, position)
+            bad.append(Bad(f"{path}:{where}", f"not JSON ({reason}); the rest of the file was not read"))
+            return
+        yield line, text[position:end]
+        position = _skip(text, end)
         mark = text[position : position + 1]
         position = _skip(text, position + (mark == ","))
     closed = text[position : position + 1] == "]"
     rest = _skip(text, position + closed)
-    if not closed or text[rest:].strip():
+    if not closed or rest < len(text):
         where = text.count("\n", 0, min(rest, len(text) - 1)) + 1
-        content.bad.append(Bad(f"{path}:{where}", "not JSON (the array does not end as it should)"))
-    return content
+        bad.append(Bad(f"{path}:{where}", "not JSON (the array does not end as it should)"))
 
 
 def _skip(text: str, position: int) -> int:

@@ -340,8 +340,8 @@ def _read_rated(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]
     name = find(row, RATINGS)
     try:
         rating = float(row[name])
-    except (TypeError, ValueError) as error:
-        raise BadRow(f"the field {name!r} is {row[name]!r}, not a number") from error
+    except (TypeError, ValueError):
+        rating = math.nan
     if not math.isfinite(rating):
         raise BadRow(f"the field {name!r} is {row[name]!r}, not a finite number")
     return [{**_demonstration("", text_of(row, "text").strip()), "rating": rating}]

@@ -30,9 +30,9 @@ def read_source(source: str | Path, split: str, columns: Sequence[str]) -> Datas
     if wanted is None:
         raise UserError(f"--split {split}: write a name, a slice or both, e.g. train, [:90%], test[1000:]")
     content = _read_hub(str(source), wanted) if is_hub_name(source) else _read_local(Path(source), wanted)
-    pairs = [_column(text) for text in columns]
+    names = dict(map(_column, columns))
     if not content.container.startswith("plain text"):
-        content.rows = [(place, _renamed(place, value, pairs)) for place, value in content.rows]
+        content.rows = [(place, _renamed(place, value, names)) for place, value in content.rows]
     return content
 
 
@@ -108,17 +108,17 @@ def _column(text: str) -> tuple[str, str]:
     return ours, theirs
 
 
-def _renamed(place: str, value: Any, columns: Sequence[tuple[str, str]]) -> Any:
+def _renamed(place: str, value: Any, names: dict[str, str]) -> Any:
     """A row's value with its fields under our names; a bare text is a message to answer, like a question."""
     if isinstance(value, str):
         return {"question": value}
-    if not columns or not isinstance(value, dict):
+    if not isinstance(value, dict):
         return value
-    for ours, theirs in columns:
+    for ours, theirs in names.items():
         there = f"there are {', '.join(map(str, value))}"
         require(theirs in value, f"{place}: no field {theirs!r} for --columns {ours}={theirs}; {there}")
-    renamed = {name for _, name in columns}
-    return {k: v for k, v in value.items() if k not in renamed} | {ours: value[name] for ours, name in columns}
+    others = {name: field for name, field in value.items() if name not in names.values()}
+    return others | {ours: value[theirs] for ours, theirs in names.items()}
 
 
 SAMPLE = 100  # rows that decide which format a source has

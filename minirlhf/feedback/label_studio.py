@@ -25,7 +25,6 @@ import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minirlhf.config import Settings
 from minirlhf.data.formats import FORMATS, BadRow, as_answer, list_of, text_of, value_of
@@ -57,21 +56,15 @@ def export_tasks(config: ExportConfig) -> Path:
     """Write a pair a task as a JSON array; returns the file."""
     output = new_file(config.output or config.run / "labels" / "label-studio.json")
     tasks = make_tasks(config, "label-studio")
-    content = ",\n".join(json.dumps({"data": task_data(task)}, ensure_ascii=False) for task in tasks)
+    rows = []
+    for task in tasks:
+        left, right = (answer.strip() for answer in task.answers)
+        source = {**task.candidates.record(), "shown": task.shown}
+        rows.append({"data": {"prompt": task.question, "answer1": left, "answer2": right, "source": source}})
+    content = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
     write_text(output, f"[{content}]\n")
     print(f"{output}: {len(tasks)} tasks")
     return output
-
-
-def task_data(task: Task) -> dict[str, Any]:
-    """What Label Studio keeps of a task: the texts to read, and those that labels are about."""
-    left, right = (answer.strip() for answer in task.answers)
-    return {
-        "prompt": task.question,
-        "answer1": left,
-        "answer2": right,
-        "source": {**task.candidates.record(), "shown": task.shown},
-    }
 
 
 def import_labels(config: ImportConfig) -> Path:

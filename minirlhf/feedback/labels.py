@@ -32,7 +32,8 @@ from minirlhf.runtime import UserError, require
 
 R = TypeVar("R")
 Row = dict[str, Any]
-VERDICTS = ("left", "right", "ranked", "tie", "bad", "skip")
+SIDES = ("left", "right")
+VERDICTS = (*SIDES, "ranked", "tie", "bad", "skip")
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def item_id(prompt: str, responses: Sequence[str]) -> str:
 
 def ranks_of(verdict: str, shown: Sequence[int]) -> tuple[int, ...]:
     """The ranks that a verdict on two responses means, and of a verdict that prefers none of any number."""
-    if verdict in ("left", "right"):
+    if verdict in SIDES:
         best = shown[verdict == "right"]
         return tuple(int(i != best) for i in range(2))
     return (0,) * len(shown)
@@ -96,7 +97,7 @@ def verdict_of(ranks: Sequence[int], shown: Sequence[int]) -> str:
     """The verdict that ranks mean, where they prefer any: a side of two, else ranked; a tie where all are equal."""
     if len(set(ranks)) == 1:
         return "tie"
-    return "ranked" if len(ranks) > 2 else ("left", "right")[ranks[shown[0]]]
+    return "ranked" if len(ranks) > 2 else SIDES[ranks[shown[0]]]
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -172,9 +173,8 @@ def parse_label(row: Row) -> Label:
 def _check_verdict(verdict: str, ranks: tuple[int, ...], shown: tuple[int, ...] | None) -> None:
     if verdict not in VERDICTS:
         raise BadRow(f"the verdict is {verdict!r}; it must be one of {', '.join(VERDICTS)}")
-    sided = verdict in ("left", "right")
-    if sided and (len(ranks) != 2 or shown is None):
+    if verdict in SIDES and (len(ranks) != 2 or shown is None):
         raise BadRow(f"the verdict {verdict!r} needs two responses and 'shown', the order they were shown in")
-    agrees = ranks == ranks_of(verdict, shown or ()) if sided else (verdict == "ranked") == (len(set(ranks)) > 1)
-    if not agrees:
+    meant = {"tie", "bad", "skip"} if len(set(ranks)) == 1 else {"ranked", verdict_of(ranks, shown or (0, 1))}
+    if verdict not in meant:
         raise BadRow(f"the verdict {verdict!r} and the ranks {list(ranks)} contradict each other")

@@ -39,17 +39,13 @@ class Session:
         self._began, self._saved = clock(), 0
         mine = [label for label in file.labels if label.labeller == labeller]
         self._done = {(label.item, label.repeat) for label in mine}
-        self._skipped = {label.item for label in mine if label.verdict == "skip"}
+        self._done |= {(label.item, True) for label in mine if label.verdict == "skip"}  # what is skipped has no repeat
         self._go_on()
 
     # -------------------------------------------------------------------------------------------------------- the task
     def _go_on(self) -> None:
-        """To the first task that is not done; what was skipped is not asked again."""
-        self._start(next((task for task in self.tasks if self._open(task)), None))
-
-    def _open(self, task: Task) -> bool:
-        item, repeat = task.key
-        return task.key not in self._done and not (repeat and item in self._skipped)
+        """To the first task that is not done."""
+        self._start(next((task for task in self.tasks if task.key not in self._done), None))
 
     def _start(self, task: Task | None) -> None:
         self.current = task
@@ -61,7 +57,7 @@ class Session:
     @property
     def progress(self) -> dict[str, Any]:
         """Tasks done, all tasks, labels a minute since this session began, minutes left at that rate."""
-        open_tasks = sum(self._open(task) for task in self.tasks)
+        open_tasks = sum(task.key not in self._done for task in self.tasks)
         minutes = (self.clock() - self._began) / 60
         rate = self._saved / minutes if self._saved > 0 and minutes > 0 else 0.0
         left = open_tasks / rate if rate else None
@@ -118,7 +114,7 @@ class Session:
         self._saved += 1
         self._done.add(task.key)
         if label.verdict == "skip":
-            self._skipped.add(label.item)
+            self._done.add((label.item, True))
         self.message = f"saved: {'both bad' if verdict == 'bad' and len(ranks) == 2 else label.verdict}"
         self._go_on()
 
@@ -138,8 +134,9 @@ class Session:
             return
         self.file.pop()
         self._saved -= 1
-        self._done.discard(key)
-        self._skipped.discard(last.item)
+        self._done.discard(task.key)
+        if last.verdict == "skip":
+            self._done.discard((last.item, True))
         self._start(task)
         self.note = last.note
         self.message = f"undone: {last.verdict}"
