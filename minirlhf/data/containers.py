@@ -118,11 +118,9 @@ def _read_json(lines: list[str], path: Path) -> Dataset:
         try:
             if part.strip(" \t\r\n"):
                 content.rows.append((place, STRICT.decode(part)))
-        except BadRow as fault:
-            content.bad.append(Bad(place, str(fault)))
         except NOT_JSON as error:
-            reason = getattr(error, "msg", error)
-            content.bad.append(Bad(place, f"not JSON ({reason}); each line must hold one object"))
+            words = f"not JSON ({getattr(error, 'msg', error)}); each line must hold one object"
+            content.bad.append(Bad(place, str(error) if isinstance(error, BadRow) else words))
     return content
 
 

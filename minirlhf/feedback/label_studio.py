@@ -21,7 +21,6 @@ Its JSON export has an annotation's `selected: left | right` under `result`, the
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +29,7 @@ from minirlhf.config import Settings
 from minirlhf.data.formats import FORMATS, BadRow, as_answer, list_of, text_of, value_of
 from minirlhf.feedback.labels import Candidates, Label, Row, new_file, parse_candidates, ranks_of, read_lines
 from minirlhf.feedback.tasks import Task, TaskConfig, make_tasks
-from minirlhf.files import write_records, write_text
+from minirlhf.files import write_json, write_records
 from minirlhf.runtime import UserError, require
 
 LAYOUTS = [form for form in FORMATS if form.name.startswith("Label Studio")]
@@ -61,8 +60,7 @@ def export_tasks(config: ExportConfig) -> Path:
         left, right = (answer.strip() for answer in task.answers)
         source = {**task.candidates.record(), "shown": task.shown}
         rows.append({"data": {"prompt": task.question, "answer1": left, "answer2": right, "source": source}})
-    content = ",\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
-    write_text(output, f"[{content}]\n")
+    write_json(output, rows)
     print(f"{output}: {len(tasks)} tasks")
     return output
 

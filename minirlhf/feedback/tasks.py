@@ -94,8 +94,7 @@ def make_tasks(config: TaskConfig, labeller: str, *, mode: Mode = "pairs", repea
     if mode == "pairs":
         items = _pairs(items, config.pairs_per_prompt, config.seed)
     key = (config.seed, Stream.LABELLER, zlib.crc32(labeller.encode()))
-    unique = {item_id(item.prompt, item.responses): item for item in items}
-    items = list(unique.values())
+    items = list({item_id(item.prompt, item.responses): item for item in items}.values())
     order = permutation(len(items), *key, 0)
     fresh = [Task(items[i], tuple(permutation(len(items[i].responses), *key, 1, i))) for i in order]
     repeats = [int(number * repeat_share + 1e-9) for number in range(len(fresh) + 1)]  # 30 times a tenth is 3
