@@ -155,7 +155,7 @@ def main(config: Config) -> Path:
         return stage.show(
             supervised_plan(config, total_steps, shape, train, validation, frozen=(shape,), scored=scored)
         )
-    policy = GPT.from_pretrained(folder).to(device)
+    policy = GPT.from_pretrained(folder).full_precision().to(device)
     policy.gradient_checkpointing = config.gradient_checkpointing
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     state = State(policy, adamw(policy, learning_rate=config.learning_rate))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import data, distributed, grpo, ops, ppo, reward_functions
-from minirlhf.batch import Example, batch_indices, own_micro_batches, require_batch, shuffled
+from minirlhf.batch import Example, batch_indices, local_micro_batches, require_batch, shuffled
 from minirlhf.config import (
     Count,
     Finite,
@@ -181,12 +181,12 @@ def train_step(
     parts: list[dict[str, Tensor]] = []
     for _, _, optimizer in state.trained:
         optimizer.zero_grad(set_to_none=True)
-    for rows in own_micro_batches(minibatch.lengths, max_tokens):
+    for rows in local_micro_batches(minibatch.lengths, max_tokens):
         part = minibatch.rows(rows)
-        seen, old = (part.tokens, part.mask), (part.old_logprobs, part.advantages, part.mask)
+        inputs, old = (part.tokens, part.mask), (part.old_logprobs, part.advantages, part.mask)
 
         # The policy's clipped loss. Schulman et al. 2017, eq. 7; docs/equations.md#ppo
-        logprobs, entropy = state.policy.logprobs_and_entropy(*seen, temperature=config.temperature)  # (b, t-1) each
+        logprobs, entropy = state.policy.logprobs_and_entropy(*inputs, temperature=config.temperature)  # (b, t-1) each
         policy_loss = ppo.policy_loss(logprobs, *old, clip=clip, denominator=tokens)
         values = {
             "policy_loss": policy_loss.detach(),
@@ -201,7 +201,7 @@ def train_step(
 
         # The value model's, apart: one model's activations are in memory at a time. docs/equations.md#ppo
         if state.value_model is not None:
-            predicted, targets = state.value_model(*seen), (part.values, part.returns, part.mask)  # (b, t-1) each
+            predicted, targets = state.value_model(*inputs), (part.values, part.returns, part.mask)  # (b, t-1) each
             value_loss = ppo.value_loss(predicted, *targets, clip=value_clip, denominator=tokens)
             values |= ppo.value_diagnostics(predicted, *targets, clip=value_clip, denominator=tokens)
             values["value_loss"] = value_loss.detach()
@@ -347,7 +347,7 @@ def observers(config: Config, observe: Observer | None) -> Observer:
     if config.trace_every:
         every.append(reward_functions.load("minirlhf.evaluate.trace:Trace", flag="--trace-every")(config))
     every += [observe] if observe else []
-    return lambda *seen: [look(*seen) for look in every]
+    return lambda *state: [look(*state) for look in every]
 
 
 def main(config: Config, *, observe: Observer | None = None) -> Path:
@@ -371,7 +371,7 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
         shapes, responses, valued = list(env.shapes.values()), config.rollout_size, config.advantages == "gae"
         plan = sampled_plan(config, shapes, env.prompts, responses=responses, group_size=k, valued=valued)
         return stage.show(plan)
-    policy = GPT.from_pretrained(sources.policy).to(device)
+    policy = GPT.from_pretrained(sources.policy).full_precision().to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = reward_functions.load_reward_models(sources, device)
     reward = reward_functions.reward_of(config, members, sources.functions, env.encoding)

@@ -145,10 +145,10 @@ class Decoder:
 
     def compact(self, free: Tensor) -> None:
         """Give up the free slots: the last rows move into the first of them."""
-        kept = self.alive.nonzero()[:, 0]
-        count = len(kept)
-        order = torch.arange(count, device=kept.device)
-        order[free[free < count]] = kept[kept >= count]
+        active = self.alive.nonzero()[:, 0]
+        count = len(active)
+        order = torch.arange(count, device=active.device)
+        order[free[free < count]] = active[active >= count]
         self.cache.select(order)
         self.tokens, self.rows, self.place, self.alive = (
             state[order] for state in (self.tokens, self.rows, self.place, self.alive)

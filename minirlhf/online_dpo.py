@@ -165,7 +165,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     if config.dry_run:
         responses, shapes = 2 * config.rollout_size, list(env.shapes.values())
         return stage.show(sampled_plan(config, shapes, env.prompts, responses=responses, group_size=2))
-    policy = GPT.from_pretrained(sources.policy).to(device)
+    policy = GPT.from_pretrained(sources.policy).full_precision().to(device)
     policy.gradient_checkpointing = config.gradient_checkpointing
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = reward_functions.load_reward_models(sources, device)

@@ -1,6 +1,7 @@
-"""What every loss shares: token log-probabilities, masked means, whitening, KL estimators, entropy.
+"""Operations that every loss shares: token log-probabilities, masked means, whitening, KL estimators, entropy.
 
-Index t of a per-token tensor `(B, T-1)` speaks of the token at t+1. The shift happens once, in `token_logprobs`.
+Index t of a per-token tensor `(B, T-1)` belongs to the token at t+1. `token_logprobs` shifts so, and so do
+`Batch.mask`, `GPT.logprobs`, `Samples.logprobs` and `ValueModel`: their results line up.
 
 Two rules hold in all of the maths modules. A mask is bool, has the shape of what it masks and is applied by
 `select` before any arithmetic, because `nan * 0` is nan, in the gradient too. Half types are upcast to float32;

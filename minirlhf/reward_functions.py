@@ -100,7 +100,7 @@ def texts(encoding: tiktoken.Encoding, batch: Batch) -> tuple[list[str], list[st
 # ------------------------------------------------------------------------------------------------------- environment
 @dataclass(frozen=True)
 class Sources:
-    """Where models, prompts and functions come from: what a stage's result depends on beside its settings.
+    """Sources of models, prompts and functions: a stage's result depends on them beside its settings.
 
     reward_models  the one that `--reward-model` names or the run has, then those of `--ensemble`
     functions      by the names that `--reward` gives them
@@ -151,6 +151,8 @@ def read_environment(config: SamplingConfig, sources: Sources) -> Environment:
     encoding = tokenizer.load(sources.policy)
     for source, shape in shapes.items():
         tokenizer.check_fits(encoding, shape.vocab_size, source)
+        same = source == sources.policy or tokenizer.same_ids(tokenizer.load(source), encoding)
+        require(same, f"{source}: has other token ids than {sources.policy}; give models with one tokenizer")
     room = min(shape.n_positions for shape in shapes.values()) - config.max_new_tokens
     require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
     return Environment(encoding, shapes, texts, encode_prompts(encoding, texts, max_length=room))
@@ -182,7 +184,7 @@ def reward_of(
     functions: Mapping[str, RewardFunction],
     encoding: tiktoken.Encoding,
 ) -> Reward:
-    """What an answer is worth: the score of the reward models, where there are any, and of all functions, added up."""
+    """The reward: the score of the reward models, where there are any, and of all functions, added up."""
     parts = [function_reward(spec, function, encoding) for spec, function in functions.items()]
     if members:
         ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)
