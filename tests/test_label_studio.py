@@ -12,7 +12,7 @@ from labelling import write_candidates
 from minirlhf import data
 from minirlhf.data.formats import message_prompt
 from minirlhf.feedback.label_studio import ExportConfig, ImportConfig, export_tasks, import_labels, read_export
-from minirlhf.feedback.labels import Candidates, Label, item_id, read_labels
+from minirlhf.feedback.labels import Candidates, Label, read_labels
 from minirlhf.feedback.tasks import Task
 from minirlhf.runtime import UserError
 
@@ -74,7 +74,7 @@ def test_what_goes_out_comes_back_with_ids_sources_and_sides(tmp_path: Path) -> 
             k = whole.responses.index(text)
             assert ids == whole.response_ids[k] and source == whole.sources[k]
     assert all(label.labeller == "label-studio 7" for label in labels)
-    assert [x.item for x in labels] == [item_id(x.prompt, x.responses) for x in labels]
+    assert [x.item for x in labels] == [Candidates(x.prompt, x.responses).item for x in labels]
 
 
 def test_what_goes_out_is_read_by_the_training_scripts_reader_too(tmp_path: Path) -> None:

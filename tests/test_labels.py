@@ -12,11 +12,11 @@ import pytest
 
 from minirlhf.config import run_script
 from minirlhf.feedback import pairs, stats
-from minirlhf.feedback.labels import Candidates, Label, item_id, read_candidates, read_labels
+from minirlhf.feedback.labels import Candidates, Label, read_candidates, read_labels
 from minirlhf.runtime import UserError
 
 GOOD = {
-    "item": item_id("p", [" a", " b"]),
+    "item": Candidates("p", (" a", " b")).item,
     "prompt": "p",
     "responses": [" a", " b"],
     "ranks": [0, 1],
@@ -138,16 +138,28 @@ def test_files_with_nothing(content: bytes | None, words: str, tmp_path: Path) -
 
 
 def test_a_label_is_read_as_it_was_written(tmp_path: Path) -> None:
-    label = Label("p", (" a", " b"), (0, 1), "right", "anna", (1, 0), False, "n", 1.5, ("x", "y"), ([1], [2, 3]))
+    label = Label(
+        "p",
+        (" a", " b"),
+        (0, 1),
+        "right",
+        "anna",
+        (1, 0),
+        False,
+        "n",
+        1.5,
+        sources=("x", "y"),
+        response_ids=([1], [2, 3]),
+    )
     assert label.record() == {**GOOD, **{k: tuple(GOOD[k]) for k in GOOD if isinstance(GOOD[k], list)}}
     (tmp_path / "l.jsonl").write_text(json.dumps(label.record()) + "\n")
     assert read_labels(tmp_path / "l.jsonl") == [label]
 
 
 def test_an_item_is_the_same_in_any_order() -> None:
-    assert item_id("p", [" a", " b"]) == item_id("p", [" b", " a"])
-    others = [item_id("q", [" a", " b"]), item_id("p", [" a", " c"]), item_id("p", [" a b"]), item_id("p a", [" b"])]
-    assert len({item_id("p", [" a", " b"]), *others}) == 5
+    same = {Candidates("p", responses).item for responses in ((" a", " b"), (" b", " a"))}
+    others = [("q", (" a", " b")), ("p", (" a", " c")), ("p", (" a b",)), ("p a", (" b",))]
+    assert len(same) == 1 and len(same | {Candidates(*other).item for other in others}) == 5
 
 
 def test_rankings_and_pairs_of_other_origin_are_labels(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -42,8 +42,15 @@ class Candidates:
 
     prompt: str
     responses: tuple[str, ...]
+    _: KW_ONLY
     response_ids: tuple[list[int], ...] | None = None
     sources: tuple[str, ...] | None = None
+
+    @property
+    def item(self) -> str:
+        """Twelve hexadecimal digits that name the prompt with these responses, whatever their order."""
+        text = json.dumps([self.prompt, *sorted(self.responses)])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def record(self) -> dict[str, Any]:
         """The fields that are known."""
@@ -51,11 +58,9 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Label:
+class Label(Candidates):
     """One line of a file of labels; the fields are explained at the head of this module."""
 
-    prompt: str
-    responses: tuple[str, ...]
     ranks: tuple[int, ...]
     verdict: str
     labeller: str
@@ -63,26 +68,12 @@ class Label:
     repeat: bool = False
     note: str = ""
     seconds: float | None = None
-    sources: tuple[str, ...] | None = None
-    response_ids: tuple[list[int], ...] | None = None
     scores: tuple[float, ...] | None = None
     orders: tuple[float, float] | None = None
 
-    @property
-    def item(self) -> str:
-        """Names what was compared."""
-        return item_id(self.prompt, self.responses)
-
     def record(self) -> dict[str, Any]:
         """The label as a line of its file; what is not known is left out."""
-        given = {name: value for name, value in vars(self).items() if value is not None and value != ""}
-        return {"item": self.item, **given}
-
-
-def item_id(prompt: str, responses: Sequence[str]) -> str:
-    """Twelve hexadecimal digits that name a prompt with some responses, whatever their order."""
-    text = json.dumps([prompt, *sorted(responses)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return {"item": self.item, **{name: value for name, value in super().record().items() if value != ""}}
 
 
 def ranks_of(verdict: str, shown: Sequence[int]) -> tuple[int, ...]:
@@ -140,7 +131,7 @@ def parse_candidates(row: Row) -> Candidates:
     if len(set(responses)) < len(responses):
         raise BadRow("two responses are the same text")
     sources = texts_of(row, "sources", len(responses)) if "sources" in row else None
-    return Candidates(prompt, responses, ids, sources)
+    return Candidates(prompt, responses, response_ids=ids, sources=sources)
 
 
 def parse_label(row: Row) -> Label:

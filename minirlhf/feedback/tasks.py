@@ -17,7 +17,7 @@ from typing import Literal
 from minirlhf.batch import permutation
 from minirlhf.config import Count, Seed, Settings
 from minirlhf.data.formats import ASSISTANT, HUMAN
-from minirlhf.feedback.labels import Candidates, Label, item_id, read_candidates, verdict_of
+from minirlhf.feedback.labels import Candidates, Label, read_candidates, verdict_of
 from minirlhf.runtime import Stream, require
 
 Mode = Literal["pairs", "rankings"]
@@ -49,7 +49,7 @@ class Task:
     @functools.cached_property
     def key(self) -> tuple[str, bool]:
         """Tells tasks apart: the item, and whether it is asked again."""
-        return item_id(self.candidates.prompt, self.candidates.responses), self.repeat
+        return self.candidates.item, self.repeat
 
     @property
     def question(self) -> str:
@@ -94,7 +94,7 @@ def make_tasks(config: TaskConfig, labeller: str, *, mode: Mode = "pairs", repea
     if mode == "pairs":
         items = _pairs(items, config.pairs_per_prompt, config.seed)
     key = (config.seed, Stream.LABELLER, zlib.crc32(labeller.encode()))
-    items = list({item_id(item.prompt, item.responses): item for item in items}.values())
+    items = list({item.item: item for item in items}.values())
     order = permutation(len(items), *key, 0)
     fresh = [Task(items[i], tuple(permutation(len(items[i].responses), *key, 1, i))) for i in order]
     repeats = [int(number * repeat_share + 1e-9) for number in range(len(fresh) + 1)]  # 30 times a tenth is 3
