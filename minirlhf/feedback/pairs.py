@@ -109,10 +109,8 @@ def join_pairs(labels: Sequence[Label]) -> list[Record]:
     records = []
     for group in groups.values():
         ranks = _ranks_from(group)
-        if ranks is None:
-            records += [_record([label], dict(zip(label.responses, label.ranks, strict=True))) for label in group]
-        else:
-            records.append(_record(group, ranks))
+        alone = [([label], dict(zip(label.responses, label.ranks, strict=True))) for label in group]
+        records += [_record(*part) for part in ([(group, ranks)] if ranks else alone)]
     return records
 
 
