@@ -1,4 +1,4 @@
-"""What a data file holds, before anything trains on it.
+"""The contents of a data file, before anything trains on it.
 
     python -m minirlhf.data check pairs.jsonl
     python -m minirlhf.data check Anthropic/hh-rlhf/helpful-base --preset gpt2 --split "test[:200]"

@@ -36,7 +36,7 @@ class Bad(NamedTuple):
 
 @dataclass
 class Dataset:
-    """What a source holds.
+    """The contents of a source.
 
     container  what its bytes are, e.g. "JSON Lines, gzip"
     rows       (place, value) in their order; a place is `file:line`;  bad  lines that cannot be read

@@ -80,7 +80,7 @@ def texts_of(row: dict[str, Any], name: str, count: int | None = None) -> tuple[
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a finite number."""
+    """True for a finite number."""
     return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
 
 
@@ -149,7 +149,7 @@ def answer_of(row: dict[str, Any], name: str, prompt: str, layout: Layout) -> st
 
 
 def layout_of(rows: list[dict[str, Any]]) -> Layout:
-    """Whether the prompts and answers of a file are messages, or texts that the answers continue as they stand.
+    """The form of the prompts and answers of a file: messages, or texts that the answers continue as they stand.
 
     They are messages where most of them would run into each other: no space between, and no colon before. A prompt
     that is in the dialogue form already ends with a colon.
@@ -199,8 +199,8 @@ def split_turns(turns: list[tuple[str, str]]) -> tuple[str, str]:
 
 def split_dialogue(text: str) -> tuple[str, str]:
     """Prompt and answer of a dialogue in the plain-text form, at its last Assistant turn."""
-    before, found, answer = text.rpartition(ASSISTANT)
-    if not found or HUMAN in answer:
+    before, mark, answer = text.rpartition(ASSISTANT)
+    if not mark or HUMAN in answer:
         raise LeftOut(NO_ANSWER)
     return f"\n\n{before.lstrip()}{ASSISTANT}", as_answer(answer)
 
@@ -366,7 +366,7 @@ class Format:
     read: Callable[[dict[str, Any], Kind, Layout], list[Record]]
 
     def fits(self, row: object) -> bool:
-        """Whether a row has all fields of this format."""
+        """True where a row has all fields of this format."""
         return isinstance(row, dict) and all(any(n in row for n in need.split("|")) for need in self.needs)
 
 

@@ -37,7 +37,7 @@ def read_source(source: str | Path, split: str, columns: Sequence[str]) -> Datas
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether a source is a name on the hub: it looks like one, and no file here has it."""
+    """True for a name on the hub: it looks like one, and no file here has it."""
     text = str(source)
     named = isinstance(source, str) and HUB_NAME.fullmatch(text) is not None and FILE_SUFFIX.fullmatch(text) is None
     return named and not Path(text).exists()
@@ -82,7 +82,7 @@ def _read_hub(source: str, split: re.Match[str]) -> Dataset:
     streaming = split["stop"] is not None and "%" not in split[0]
     place = name + split[0].removeprefix(split["name"])
     try:
-        found = datasets.load_dataset(
+        loaded = datasets.load_dataset(
             parts["name"],
             parts["config"],
             data_dir=parts["folder"],
@@ -92,8 +92,8 @@ def _read_hub(source: str, split: re.Match[str]) -> Dataset:
         )
         if streaming:
             start = int(split["start"] or 0)
-            found = found.skip(start).take(int(split["stop"]) - start)
-        rows = [(f"{source} {place}:{number}", row) for number, row in enumerate(found, 1)]
+            loaded = loaded.skip(start).take(int(split["stop"]) - start)
+        rows = [(f"{source} {place}:{number}", row) for number, row in enumerate(loaded, 1)]
     except Exception as error:  # the client's errors share no base class; none of them is hidden
         raise UserError(
             f"{source}: cannot be loaded from the Hugging Face hub ({hub.first_line(error)}); check name and split, "

@@ -1,4 +1,4 @@
-"""How far labels can be trusted: habits of position, agreement with oneself, agreement with others.
+"""The trust that labels deserve: habits of position, agreement with oneself, agreement with others.
 
 A comparison of K responses is looked at as its K(K-1)/2 pairs; on each a label says first, second or neither (a tie,
 or both bad). Skips say nothing and are not counted.
@@ -42,8 +42,8 @@ def share_text(row: dict[str, Any]) -> str:
 def first_labels(labels: Sequence[Label]) -> list[Label]:
     """Each labeller's first label of each item, skips left out."""
     first = {(label.labeller, label.item): label for label in reversed(labels) if label.verdict != "skip"}
-    kept = {id(label) for label in first.values()}
-    return [label for label in labels if id(label) in kept]
+    counted = {id(label) for label in first.values()}
+    return [label for label in labels if id(label) in counted]
 
 
 def choices(label: Label) -> list[int]:
@@ -53,7 +53,10 @@ def choices(label: Label) -> list[int]:
 
 
 def position_bias(labels: Sequence[Label]) -> dict[int, dict[str, Any]]:
-    """How often the best of K was the one shown first, by K; 1/K without a habit. First labels with one best count."""
+    """Share of comparisons in which the best of K was shown first, by K; 1/K without a habit.
+
+    Counted are first labels with one best response.
+    """
     counts: dict[int, Counter[bool]] = defaultdict(Counter)
     for label in first_labels(labels):
         if label.shown is not None and label.ranks.count(0) == 1:
@@ -112,7 +115,7 @@ def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> float:
 
 
 def between_labellers(labels: Sequence[Label]) -> list[dict[str, Any]]:
-    """How every two labellers agree on the pairs that both judged, first labels alone; a kappa of nan is None."""
+    """Agreement of every two labellers on the pairs that both judged, first labels alone; a kappa of nan is None."""
     by_labeller: dict[str, dict[str, Label]] = defaultdict(dict)
     for label in first_labels(labels):
         by_labeller[label.labeller][label.item] = label

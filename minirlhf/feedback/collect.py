@@ -161,7 +161,7 @@ def collect(
 
 
 def _answers(source: Source, samples: Samples) -> list[dict[str, Any]]:
-    """What a record holds of each answer."""
+    """The part of a record about each answer."""
     origin = {"sources": source.name, "policies": source.digest, "temperatures": source.temperature}
     logprobs = samples.logprobs.cpu().double().sum(dim=1).tolist()
     both = zip(samples.response_ids(), logprobs, strict=True)
@@ -175,7 +175,7 @@ def _record(prompt: str, answers: dict[str, dict[str, Any]], seed: int) -> Recor
 
 
 def reencoded_differently(encoding: tiktoken.Encoding, record: Record) -> int:
-    """How many of a record's responses the tokenizer would encode to other ids than were sampled."""
+    """Number of a record's responses that the tokenizer would encode to other ids than were sampled."""
     return sum(
         [i for i in ids if i != encoding.eot_token] != tokenizer.encode(encoding, text)
         for text, ids in zip(record["responses"], record["response_ids"], strict=True)

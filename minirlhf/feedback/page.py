@@ -42,7 +42,7 @@ def label_on_page(session: Session, *, port: int) -> None:
 
 
 def state(session: Session) -> dict[str, Any]:
-    """What the page shows; `version` tells it from every other state of this session."""
+    """The page's content; `version` tells it from every other state of this session."""
     task = session.current
     return {
         "version": session.version,
@@ -140,8 +140,8 @@ class Handler(BaseHTTPRequestHandler):
     def _place(self) -> str | None:
         """The path below the token; None where token or Host are wrong."""
         token, slash, place = self.path.removeprefix("/").partition("/")
-        known = secrets.compare_digest(token.encode(), self.server.token.encode())
-        return place if known and slash and self.headers.get("Host") == self.server.host else None
+        ours = secrets.compare_digest(token.encode(), self.server.token.encode())
+        return place if ours and slash and self.headers.get("Host") == self.server.host else None
 
     def _send_json(self, status: HTTPStatus, value: dict[str, Any]) -> None:
         self._send(status, "application/json", json.dumps(value).encode())

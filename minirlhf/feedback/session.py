@@ -65,7 +65,7 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------------------ keys
     def press(self, key: str) -> None:
-        """What one key does; `message` says it in words. A label is on the disk when this returns."""
+        """Act on one key; `message` says what it did. A label is on the disk when this returns."""
         self.version += 1
         task = self.current
         if key == "u":

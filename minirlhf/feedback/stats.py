@@ -1,4 +1,4 @@
-"""What labels are worth, before anything trains on them.
+"""The worth of labels, before anything trains on them.
 
     python -m minirlhf.feedback stats                          # of <run>/labels/labels.jsonl
     python -m minirlhf.feedback stats --labels anna.jsonl ben.jsonl

@@ -1,4 +1,4 @@
-"""How good the sources of the answers are, by the labels: Bradley-Terry strengths, and the same as Elo ratings.
+"""Strengths of the sources of the answers, by the labels: Bradley-Terry strengths, and the same as Elo ratings.
 
 P(a beats b) = sigmoid(s_a - s_b); a tie counts half a win for each. Bradley and Terry 1952.
 All labels count alike whatever their order, unlike in a rating that is updated game by game. Answers of one source
@@ -127,7 +127,7 @@ def _inverse_information(design: np.ndarray, chance: np.ndarray) -> np.ndarray:
 
 
 def _connected(games: Games) -> bool:
-    """Whether every source reaches every other by a chain of wins or ties."""
+    """True where every source reaches every other by a chain of wins or ties."""
     first, second, score = games.design > 0, games.design < 0, games.score[:, None]
     reach = np.eye(len(games.sources)) + first.T @ (second * (score > 0)) + second.T @ (first * (score < 1))
     for _ in games.sources:

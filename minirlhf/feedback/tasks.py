@@ -26,7 +26,7 @@ APART = 5  # an item is asked again after at least so many others, where there a
 
 @dataclass
 class TaskConfig(Settings):
-    """What every command that asks about candidates is told."""
+    """Settings of every command that asks about candidates."""
 
     run: Path = Path("runs/tiny")
     """Folder of the run; reads and writes `<run>/labels`."""
@@ -65,7 +65,7 @@ class Task:
         return [self.candidates.responses[i] for i in self.shown]
 
     def label(self, labeller: str, ranks: Sequence[int] | None, *, verdict: str = "") -> Label:
-        """What a labeller says about this task: `ranks` of the responses, or None for a skip.
+        """The label of this task: `ranks` of the responses, or None for a skip.
 
         verdict  of ranks that are all equal, where it is not a tie; of others it follows from the ranks
         """
