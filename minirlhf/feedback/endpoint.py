@@ -175,23 +175,19 @@ class Endpoint:
                 return self._call(key, request)
             except Failure as failure:
                 reason = failure
-            require(reason.wait <= LONGEST_WAIT, f"{self.url}: {reason}; {self._answers_so_far()}")
+            require(reason.wait <= LONGEST_WAIT, f"{self.url}: {reason}; {self._so_far()}")
             if attempt < self.config.attempts:
                 backoff = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
                 sleep(min(LONGEST_WAIT, max(backoff, reason.wait)))
-        raise UserError(
-            f"{self.url}: {self.config.attempts} calls failed, the last with: {reason}; {self._answers_so_far()}"
-        )
+        raise UserError(f"{self.url}: {self.config.attempts} calls failed, the last with: {reason}; {self._so_far()}")
 
     def _check_budget(self) -> None:
         log, most_calls, most_tokens = self.log, self.config.max_calls, self.config.max_tokens
-        require(
-            log.calls < most_calls, f"--max-calls {most_calls}: the budget of calls is spent; {self._answers_so_far()}"
-        )
-        words = f"--max-tokens {most_tokens}: the budget of tokens is spent ({log.tokens}); {self._answers_so_far()}"
+        require(log.calls < most_calls, f"--max-calls {most_calls}: the budget of calls is spent; {self._so_far()}")
+        words = f"--max-tokens {most_tokens}: the budget of tokens is spent ({log.tokens}); {self._so_far()}"
         require(log.tokens < most_tokens, words)
 
-    def _answers_so_far(self) -> str:
+    def _so_far(self) -> str:
         return f"{len(self.log.answers)} answers are kept in {self.log.path}, run again to go on from there"
 
     def _call(self, key: str, request: dict[str, Any]) -> dict[str, float]:
