@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
+from minirlhf.runtime import UserError, require
+
 V = TypeVar("V")
 Layout = Literal["messages", "plain"]
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
@@ -26,11 +28,11 @@ ANSWERS = "response|completion|output|answer"
 NO_ANSWER = "no answer at the end of the dialogue"
 
 
-class BadRow(ValueError):
+class BadRow(UserError, ValueError):
     """A row that is not what its file is made of: a mistake to correct, said with its line."""
 
 
-class LeftOut(Exception):
+class LeftOut(UserError):
     """A row that is well formed but says nothing that could be learned, e.g. an empty answer: counted."""
 
 
@@ -65,11 +67,9 @@ def list_of(row: dict[str, Any], names: str, count: int | None = None) -> list[A
     """The list in a field, of `count` values where given, each as LISTS has it; raises BadRow."""
     name = find(row, names)
     values = value_of(row, name, list, "a list")
-    if count is not None and len(values) != count:
-        raise BadRow(f"{name!r} has {len(values)} values for {count} responses")
+    require(count is None or len(values) == count, f"{name!r} has {len(values)} values for {count} responses", BadRow)
     allowed, words = LISTS.get(name, (None, ""))
-    if allowed and not all(map(allowed, values)):
-        raise BadRow(f"{name!r} must be {words}")
+    require(allowed is None or all(map(allowed, values)), f"{name!r} must be {words}", BadRow)
     return values
 
 
@@ -119,8 +119,7 @@ def message_prompt(text: str) -> str:
 
 
 def not_blank(prompt: str) -> str:
-    if not prompt.strip():
-        raise BadRow("the prompt is blank")
+    require(bool(prompt.strip()), "the prompt is blank", BadRow)
     return prompt
 
 
@@ -167,13 +166,12 @@ def layout_of(rows: list[dict[str, Any]]) -> Layout:
 def turns_of(row: dict[str, Any], names: str) -> list[tuple[str, str]]:
     """(speaker, text) of each message in a list of {"role", "content"} or {"from", "value"}."""
     messages = list_of(row, names)
-    if not messages:
-        raise BadRow("no messages")
+    require(len(messages) > 0, "no messages", BadRow)
     turns = []
     for message in messages:
         role = text_of(message, "role|from")
-        if role not in ROLES:
-            raise BadRow(f"unknown role {role!r} in {find(row, names)!r}; known are {', '.join(ROLES)}")
+        words = f"unknown role {role!r} in {find(row, names)!r}; known are {', '.join(ROLES)}"
+        require(role in ROLES, words, BadRow)
         turns.append((ROLES[role], _content(message)))
     return turns
 
@@ -192,16 +190,14 @@ def as_text(turns: list[tuple[str, str]]) -> str:
 
 def split_turns(turns: list[tuple[str, str]]) -> tuple[str, str]:
     """Prompt and answer of a dialogue: its last turn, which must be the assistant's, is the answer."""
-    if turns[-1][0] != ASSISTANT or all(speaker != HUMAN for speaker, _ in turns):
-        raise LeftOut(NO_ANSWER)
+    require(turns[-1][0] == ASSISTANT and any(speaker == HUMAN for speaker, _ in turns), NO_ANSWER, LeftOut)
     return as_text(turns[:-1]) + ASSISTANT, as_answer(turns[-1][1])
 
 
 def split_dialogue(text: str) -> tuple[str, str]:
     """Prompt and answer of a dialogue in the plain-text form, at its last Assistant turn."""
     before, mark, answer = text.rpartition(ASSISTANT)
-    if not mark or HUMAN in answer:
-        raise LeftOut(NO_ANSWER)
+    require(bool(mark) and HUMAN not in answer, NO_ANSWER, LeftOut)
     return f"\n\n{before.lstrip()}{ASSISTANT}", as_answer(answer)
 
 
@@ -222,8 +218,7 @@ RATINGS = "rating|label|score|stars|sentiment"
 def answers_of(row: dict[str, Any]) -> tuple[str, tuple[str, ...], tuple[list[int], ...] | None]:
     """Prompt, responses and, where they are known, their sampled ids, of a record that compares at least two."""
     prompt, responses = text_of(row, "prompt"), texts_of(row, "responses")
-    if len(responses) < 2:
-        raise BadRow(f"{len(responses)} responses; a comparison needs at least 2")
+    require(len(responses) > 1, f"{len(responses)} responses; a comparison needs at least 2", BadRow)
     if row.get("response_ids") is None:
         return prompt, responses, None
     return prompt, responses, tuple(list_of(row, "response_ids", len(responses)))
@@ -244,13 +239,11 @@ def _read_label_studio(row: dict[str, Any], kind: Kind, layout: Layout) -> list[
         return [{"prompt": prompt}]
     records = []
     for side, labeller in _selections(row):
-        if side not in ("left", "right"):
-            raise BadRow(f"selected is {side!r}; it must be left or right")
+        require(side in ("left", "right"), f"selected is {side!r}; it must be left or right", BadRow)
         chosen, rejected = (left, right) if side == "left" else (right, left)
         who = {} if labeller is None else {"labeller": labeller}
         records.append(_pair(prompt, chosen, rejected) | who)
-    if not records:
-        raise LeftOut("not labelled")
+    require(len(records) > 0, "not labelled", LeftOut)
     return records
 
 
@@ -298,12 +291,10 @@ def _pair_of_messages(row: dict[str, Any]) -> Record:
 
 def _pair(prompt: str, chosen: str, rejected: str, *, other_prompt: str | None = None) -> Record:
     """A pair record; raises LeftOut where its sides cannot be compared."""
-    if other_prompt is not None and other_prompt.strip() != prompt.strip():
-        raise LeftOut("the two sides have different prompts")
-    if not chosen.strip() or not rejected.strip():
-        raise LeftOut("an empty response")
-    if chosen.strip() == rejected.strip():
-        raise LeftOut("chosen equals rejected")
+    alike = other_prompt is None or other_prompt.strip() == prompt.strip()
+    require(alike, "the two sides have different prompts", LeftOut)
+    require(bool(chosen.strip() and rejected.strip()), "an empty response", LeftOut)
+    require(chosen.strip() != rejected.strip(), "chosen equals rejected", LeftOut)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -331,8 +322,7 @@ def _read_demonstration(row: dict[str, Any], kind: Kind, layout: Layout) -> list
 
 
 def _demonstration(prompt: str, response: str) -> Record:
-    if not response.strip():
-        raise LeftOut("an empty response")
+    require(bool(response.strip()), "an empty response", LeftOut)
     return {"prompt": prompt, "response": response}
 
 
@@ -342,8 +332,7 @@ def _read_rated(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]
         rating = float(row[name])
     except (TypeError, ValueError):
         rating = math.nan
-    if not math.isfinite(rating):
-        raise BadRow(f"the field {name!r} is {row[name]!r}, not a finite number")
+    require(math.isfinite(rating), f"the field {name!r} is {row[name]!r}, not a finite number", BadRow)
     return [{**_demonstration("", text_of(row, "text").strip()), "rating": rating}]
 
 

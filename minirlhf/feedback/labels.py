@@ -128,8 +128,7 @@ def read_labels(path: Path) -> list[Label]:
 def parse_candidates(row: Row) -> Candidates:
     """The candidates of one record, a label's too; raises BadRow where they cannot be compared."""
     prompt, responses, ids = answers_of(row)
-    if len(set(responses)) < len(responses):
-        raise BadRow("two responses are the same text")
+    require(len(set(responses)) == len(responses), "two responses are the same text", BadRow)
     sources = texts_of(row, "sources", len(responses)) if "sources" in row else None
     return Candidates(prompt, responses, response_ids=ids, sources=sources)
 
@@ -152,8 +151,7 @@ def parse_label(row: Row) -> Label:
     repeat = value_of({"repeat": False, **row}, "repeat", bool, "true or false")
     label = Label(**vars(compared), ranks=ranks, **texts, repeat=repeat, seconds=row.get("seconds"), **lists)
     _check_verdict(label.verdict, ranks, shown)
-    if not label.labeller.strip():
-        raise BadRow("the field 'labeller' is blank")
+    require(bool(label.labeller.strip()), "the field 'labeller' is blank", BadRow)
     if label.seconds is not None and not (is_number(label.seconds) and label.seconds >= 0):
         raise BadRow(f"the field 'seconds' is {describe(label.seconds)}, not a number of 0 or more")
     if row.get("item", label.item) != label.item:
@@ -162,10 +160,9 @@ def parse_label(row: Row) -> Label:
 
 
 def _check_verdict(verdict: str, ranks: tuple[int, ...], shown: tuple[int, ...] | None) -> None:
-    if verdict not in VERDICTS:
-        raise BadRow(f"the verdict is {verdict!r}; it must be one of {', '.join(VERDICTS)}")
+    require(verdict in VERDICTS, f"the verdict is {verdict!r}; it must be one of {', '.join(VERDICTS)}", BadRow)
     if verdict in SIDES and (len(ranks) != 2 or shown is None):
         raise BadRow(f"the verdict {verdict!r} needs two responses and 'shown', the order they were shown in")
     meant = {"tie", "bad", "skip"} if len(set(ranks)) == 1 else {"ranked", verdict_of(ranks, shown or (0, 1))}
-    if verdict not in meant:
-        raise BadRow(f"the verdict {verdict!r} and the ranks {list(ranks)} contradict each other")
+    words = f"the verdict {verdict!r} and the ranks {list(ranks)} contradict each other"
+    require(verdict in meant, words, BadRow)

@@ -67,6 +67,7 @@ class Session:
     def press(self, key: str) -> None:
         """Act on one key; `message` says what it did. A label is on the disk when this returns."""
         self.version += 1
+        self.message = f"the key {key!r} does nothing here"  # unless it does
         task = self.current
         if key == "u":
             self._undo()
@@ -78,8 +79,6 @@ class Session:
             self._save(task, [[SIDES[key]], [1 - SIDES[key]]])
         elif len(task.shown) > 2 and (key.isdecimal() or (key in ("=", "enter") and self.picked)):
             self._pick(task, key)
-        else:
-            self.message = f"the key {key!r} does nothing here"
 
     def _pick(self, task: Task, key: str) -> None:
         """The next in a ranking."""
@@ -101,8 +100,6 @@ class Session:
                 self._save(task, self.picked)
         elif int(key) - 1 in taken:
             self.message = f"{key} has its place already; u takes the last one back"
-        else:
-            self.message = f"the key {key!r} does nothing here"
 
     def _save(self, task: Task, levels: list[list[int]], verdict: str = "") -> None:
         """Label the task by levels of displayed positions, best first."""
