@@ -92,15 +92,16 @@ def _is_count(value: object) -> bool:
     return type(value) is int and value >= 0
 
 
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
 # What each value of a list must be, by the name of its field, and that in words.
 LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(MESSAGES, (_is_object, "a list of messages, each an object")),
     **dict.fromkeys(("annotations", "completions"), (_is_object, "a list of objects")),
     "instances": (_is_object, "a list of objects with input and output"),
-    "response_ids": (
-        lambda ids: isinstance(ids, list) and all(map(_is_count, ids)),
-        "a list of token ids for each response",
-    ),
+    "response_ids": (_is_ids, "a list of token ids for each response"),
     "ranks": (lambda rank: type(rank) is int, "whole numbers, 0 for the best"),
     "shown": (_is_count, "whole numbers of 0 or more"),
     "scores": (is_number, "numbers"),

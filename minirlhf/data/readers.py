@@ -95,10 +95,8 @@ def _read_hub(source: str, split: re.Match[str]) -> Dataset:
             loaded = loaded.skip(start).take(int(split["stop"]) - start)
         rows = [(f"{source} {place}:{number}", row) for number, row in enumerate(loaded, 1)]
     except Exception as error:  # the client's errors share no base class; none of them is hidden
-        raise UserError(
-            f"{source}: cannot be loaded from the Hugging Face hub ({hub.first_line(error)}); check name and split, "
-            f"{advice}"
-        ) from error
+        words = f"{source}: cannot be loaded from the Hugging Face hub ({hub.first_line(error)})"
+        raise UserError(f"{words}; check name and split, {advice}") from error
     return Dataset("hub data set", rows)
 
 
@@ -136,9 +134,8 @@ def load(source: str | Path, kind: Kind, *, split: str = "", columns: Sequence[s
     """
     dataset = read(source, kind, split=split, columns=columns)
     if dataset.bad:
-        raise UserError(
-            f"{dataset.bad[0]} (bad lines: {len(dataset.bad)}; `python -m minirlhf.data check {source}` lists them)"
-        )
+        advice = f"`python -m minirlhf.data check {source}` lists them"
+        raise UserError(f"{dataset.bad[0]} (bad lines: {len(dataset.bad)}; {advice})")
     require(len(dataset.records) > 0, f"{dataset.summary()}; nothing to learn from")
     if dataset.left_out:
         print(dataset.summary(), flush=True)

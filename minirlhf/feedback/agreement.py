@@ -94,10 +94,8 @@ def order_bias(labels: Sequence[Label]) -> dict[str, dict[str, Any]]:
 
 def order_sentence(labeller: str, bias: dict[str, Any]) -> str:
     """An `order_bias` in words."""
-    return (
-        f"{labeller} gives the one it reads first a probability of {bias['first']:.3f} on average; its two orders "
-        f"contradict each other in {share_text(bias['contradictions'])} pairs"
-    )
+    first = f"{labeller} gives the one it reads first a probability of {bias['first']:.3f} on average"
+    return f"{first}; its two orders contradict each other in {share_text(bias['contradictions'])} pairs"
 
 
 def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> float:

@@ -32,7 +32,7 @@ from minirlhf.feedback.tasks import Task, TaskConfig, make_tasks
 from minirlhf.files import write_json, write_records
 from minirlhf.runtime import UserError, require
 
-LAYOUTS = [form for form in FORMATS if form.name.startswith("Label Studio")]
+LAYOUTS = [form for form in FORMATS if form.name.startswith("Label Studio")]  # of one reader
 
 
 @dataclass
@@ -84,12 +84,11 @@ def read_export(path: Path) -> tuple[list[Label], Counter[str]]:
 
 def _labels(row: Row) -> list[Label]:
     """A label for every choice that was made in a task."""
-    form = next((form for form in LAYOUTS if form.fits(row)), None)
-    if form is None:
-        raise BadRow("not a task of Label Studio: it needs prompt, answer1 and answer2, under 'data' or by themselves")
+    words = "not a task of Label Studio: it needs prompt, answer1 and answer2, under 'data' or by themselves"
+    require(any(form.fits(row) for form in LAYOUTS), words, BadRow)
     data = row.get("data", row)
     labels = []
-    for pair in form.read(row, "pairs", "messages"):
+    for pair in LAYOUTS[0].read(row, "pairs", "messages"):
         left, right = (as_answer(text_of(data, name)) for name in ("answer1", "answer2"))
         task = _task(data) if "source" in data else Task(Candidates(pair["prompt"], (left, right)), (0, 1))
         side = "left" if pair["chosen"] == left else "right"

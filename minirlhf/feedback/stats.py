@@ -83,10 +83,8 @@ def summarise(labels: Sequence[Label]) -> dict[str, Any]:
 
 def table(summary: dict[str, Any]) -> str:
     """The statistics as text."""
-    lines = [
-        f"{summary['labels']} labels of {summary['items']} items on {summary['prompts']} prompts, "
-        f"{summary['repeats']} of them repeats, {summary['notes']} with a note"
-    ]
+    about = f"{summary['labels']} labels of {summary['items']} items on {summary['prompts']} prompts"
+    lines = [f"{about}, {summary['repeats']} of them repeats, {summary['notes']} with a note"]
     if summary["median_seconds"] is not None:
         lines.append(f"median time for a label: {summary['median_seconds']:.1f} s")
     verdicts = [Column(verdict, verdict, "{}") for verdict in VERDICTS]

@@ -25,10 +25,8 @@ OTHER_KEYS = "[s] skip  [u] undo  [n] note  [q] quit"
 
 def label_in_terminal(session: Session) -> None:
     """Ask until all is done, or q, or the end of input. Raises UserError where there is no terminal."""
-    require(
-        sys.stdin.isatty() and sys.stdout.isatty(),
-        "label: standard input is not a terminal; start it in one, or use --page",
-    )
+    words = "label: standard input is not a terminal; start it in one, or use --page"
+    require(sys.stdin.isatty() and sys.stdout.isatty(), words)
     descriptor = sys.stdin.fileno()
     with single_keys(descriptor):
         while (task := session.current) is not None:
