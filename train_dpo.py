@@ -55,7 +55,7 @@ class Config(TrainConfig):
     epochs: Positive = 3.0
     """Passes over the prompts."""
     batch_size: Count = 32
-    """Prompts an optimizer step, each with all its pairs."""
+    """Prompts per optimizer step, each with all its pairs."""
     beta: Positive = 1.0
     """How strongly the policy is held to the reference, per nat; smaller moves further."""
     label_smoothing: Smoothing = 0.0

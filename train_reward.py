@@ -88,7 +88,7 @@ class Config(TrainConfig):
     contrast: NotNegative = 2.0
     """Pairs that differ in d tokens weigh d^-contrast at first; it falls linearly to 0, where all weigh the same."""
     batch_size: Count = 32
-    """Prompts an optimizer step, each with all its responses."""
+    """Prompts per optimizer step, each with all its responses."""
     learning_rate: NotNegative = 1e-3
     """Peak learning rate of AdamW; warms up linearly, then falls linearly to 0."""
     warmup_steps: Steps = 20

@@ -68,7 +68,7 @@ class Config(TrainConfig):
     epochs: Positive = 4.0
     """Passes over the training records."""
     batch_size: Count = 32
-    """Records an optimizer step."""
+    """Records per optimizer step."""
     learning_rate: NotNegative = 3e-3
     """Peak learning rate of AdamW; warms up linearly, then follows a cosine down to a tenth."""
     warmup_steps: Steps = 20
@@ -80,7 +80,7 @@ class Config(TrainConfig):
     validation_every: Count = 100
     """Optimizer steps between two measurements of the held-out loss."""
     micro_batch_tokens: TokenBudget = 1024
-    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
+    """Padded tokens per forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
 
 
 PRESETS = {

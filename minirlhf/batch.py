@@ -44,7 +44,7 @@ class Batch:
     prompt_lengths  (B,)   tokens of the prompt, at least 1
     lengths         (B,)   tokens of prompt and response together, the response's EOS included
 
-    Subclasses add fields of shape (B,), one number a row, or (B, T-1), one number a predicted token.
+    Subclasses add fields of shape (B,), one number per row, or (B, T-1), one number per predicted token.
     """
 
     tokens: Tensor

@@ -62,7 +62,7 @@ class Comparison:
 class PairBatch:
     """Comparisons as right-padded rows of prompt, response 1, ..., response K; all responses numbered 0 to R-1.
 
-    tokens     (B, T) long, one row a comparison
+    tokens     (B, T) long, one row per comparison
     positions  (B, T) long, of a response as if it followed its prompt directly
     segments   (B, T) long: 0 in the prompt, k in the row's k-th response, -1 in padding
     targets    (M,) places in `tokens.flatten()` of all response tokens, response after response

@@ -129,7 +129,7 @@ class TrainConfig(RunConfig):
     dry_run: bool = False
     """Say what would be done and about what it takes, read no weights and write nothing."""
     micro_batch_tokens: TokenBudget = 2048
-    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
+    """Padded tokens per forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
     gradient_checkpointing: bool = False
     """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
 

@@ -1,6 +1,6 @@
 """Direct preference losses: the policy is its own reward model, r(x, y) = beta log pi(y|x) / ref(y|x).
 
-Every log-probability here is one number a sequence, `(N,)`, summed over the response's tokens, never averaged: length
+Every log-probability here is one number per sequence, `(N,)`, summed over the response's tokens, never averaged: length
 matters in DPO. The losses that do average (ORPO, SimPO) take the lengths and divide themselves. `ref_` values are
 detached.
 

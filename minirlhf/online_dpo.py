@@ -50,11 +50,11 @@ class Config(SamplingConfig, TrainConfig):
     iterations: Count = 64
     """Rollouts; the learning rate falls linearly to 0 over them."""
     rollout_size: Count = 64
-    """Prompts a rollout, each with two answers."""
+    """Prompts per rollout, each with two answers."""
     epochs: Count = 2
     """Passes over the pairs of a rollout."""
     minibatches: Count = 4
-    """Optimizer steps an epoch."""
+    """Optimizer steps per epoch."""
     loss: Literal["dpo", "ipo", "hinge"] = "dpo"
     """Of the pairs; beta means something else in each, see minirlhf/dpo.py."""
     beta: Positive = 0.3

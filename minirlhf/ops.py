@@ -48,10 +48,10 @@ def check_mask(mask: Tensor, **tensors: Tensor) -> None:
 
 
 def check_pairs(**tensors: Tensor) -> None:
-    """Raise ValueError unless all tensors are `(N,)`, one number a sequence: per-token input must be summed first."""
+    """Raise ValueError unless all tensors are `(N,)`, one number per sequence: per-token input must be summed first."""
     name, first = next(iter(tensors.items()))
     if first.dim() != 1:
-        raise ValueError(f"{name} has shape {tuple(first.shape)}; pass one number a sequence, shape (N,)")
+        raise ValueError(f"{name} has shape {tuple(first.shape)}; pass one number per sequence, shape (N,)")
     check_shapes(**tensors)
 
 
@@ -207,7 +207,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def sequence_kl(
     logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, denominator: float | Tensor | None = None
 ) -> Tensor:
-    """KL(policy || reference) in nats a sequence, estimated on the policy's own samples.
+    """KL(policy || reference) in nats per sequence, estimated on the policy's own samples.
 
     KL = mean_b sum_t k1_{b,t}
 

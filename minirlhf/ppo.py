@@ -36,7 +36,7 @@ def kl_penalised_rewards(
     ops.check_mask(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
     ops.check_between(0.0, math.inf, beta=beta)
     if scores.shape != mask.shape[:1]:
-        raise ValueError(f"scores has shape {tuple(scores.shape)}; pass one a row of the mask, {tuple(mask.shape[:1])}")
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; pass one per row, {tuple(mask.shape[:1])}")
     kl = ops.kl_k1(logprobs, ref_logprobs)  # >= 0 in expectation over the policy's own samples
     masked_so_far = mask.cumsum(-1)
     last = mask & (masked_so_far == masked_so_far[:, -1:])
@@ -174,7 +174,7 @@ def policy_diagnostics(
 ) -> dict[str, Tensor]:
     """Diagnostics to log beside `policy_loss`; same arguments, 0-d tensors, no gradient.
 
-    `approximate_kl`: 1/2 mean (log rho)^2, an estimate of KL(old || new) that is never negative, in nats a token.
+    `approximate_kl`: 1/2 mean (log rho)^2, an estimate of KL(old || new) that is never negative, in nats per token.
     `clip_fraction`: share of tokens whose clipped term is the larger loss, which get no gradient.
     `ratio`: mean rho, 1 before the first update. `ratio_deviation`: largest |rho - 1|.
     Over micro-batches with `denominator` the first three add up; the last combines by its maximum.

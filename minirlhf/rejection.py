@@ -45,7 +45,7 @@ class Config(SamplingConfig):
     candidates: AtLeastTwo = 8
     """Answers to each prompt, of which one is chosen."""
     micro_batch_tokens: Count = 8192
-    """Padded tokens a forward pass."""
+    """Padded tokens per forward pass."""
 
 
 PRESETS = {"tiny": Config()}

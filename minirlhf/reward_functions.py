@@ -78,12 +78,12 @@ def function_reward(spec: str, function: RewardFunction, encoding: tiktoken.Enco
 
 
 def scores_of(function: RewardFunction, prompts: list[str], responses: list[str], *, where: str) -> list[float]:
-    """The function's scores, checked: one finite number a response, else a UserError that begins with `where`."""
+    """The function's scores, checked: one finite number per response, else a UserError that begins with `where`."""
     given = function(prompts, responses)
     try:
         scores = [float(score) for score in given]
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: must return one number a response, not {given!r:.60}") from error
+        raise UserError(f"{where}: must return one number per response, not {given!r:.60}") from error
     require(len(scores) == len(responses), f"{where}: gave {len(scores)} scores for {len(responses)} responses")
     for score, response in zip(scores, responses, strict=True):
         require(math.isfinite(score), f"{where}: gave {score} to {response!r:.60}; a score must be a finite number")

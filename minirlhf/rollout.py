@@ -158,7 +158,7 @@ def rollout_keys(iteration: int, prompts: Sequence[int], group_size: int) -> lis
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, Tensor]:
-    """Values to log of the policy before this iteration's update; the KL is in nats a response."""
+    """Values to log of the policy before this iteration's update; the KL is in nats per response."""
     mask = rollout.mask
     return {
         "score": rollout.scores.mean(),
@@ -188,7 +188,7 @@ def ptx_gradient(policy: GPT, texts: Sequence[Example], *, coefficient: float, m
     """Add the gradient of coefficient * mean negative log-likelihood of the texts; returns this loss.
 
     Ouyang et al. 2022, eq. 2, the term coefficient * E_pretraining[log pi(x)], against forgetting how to write.
-    Temperature 1, as in train_sft.py. `max_tokens` padded positions a forward pass.
+    Temperature 1, as in train_sft.py. `max_tokens` padded positions per forward pass.
     """
     batch = pad(texts).to(policy.head_weight.device)
     tokens, total = batch.mask.sum(), torch.zeros(())

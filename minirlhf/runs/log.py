@@ -100,7 +100,7 @@ LOGS = ("metrics.jsonl", "timing.jsonl")
 
 
 class RunLog:
-    """The log of one stage: `run.json` at the start, then a row a step.
+    """The log of one stage: `run.json` at the start, then one row per step.
 
     folder  runs/<name>/<stage>; an earlier run there is moved aside, never overwritten
     config  the stage's configuration, a dataclass

@@ -85,7 +85,7 @@ def peak_bytes() -> int:
 SECONDS = 0.2  # of the measurement
 WIDEST = 4096  # rows of its matrices, at most
 ALL_ELSE = 1.5  # the time of a stage by that of its matrix products
-HALF_COPY = 2  # bytes a parameter of the weights in bfloat16, made anew for each forward pass
+HALF_COPY = 2  # bytes per parameter of the weights in bfloat16, made anew for each forward pass
 
 
 @dataclass(frozen=True)

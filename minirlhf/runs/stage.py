@@ -203,14 +203,14 @@ class Stage:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Padded tokens a forward pass; with `--micro-batch-tokens auto`, as many as have been found to fit."""
+        """Padded tokens per forward pass; with `--micro-batch-tokens auto`, as many as have been found to fit."""
         return planning.micro_batch_tokens(self.config, self.state)
 
     def attempts(self) -> Iterator[AbstractContextManager[int]]:
         """Attempts at one optimizer step, each a context that gives `micro_batch_tokens`, until one comes to its end.
 
         Where `--micro-batch-tokens` is `auto` and memory runs out before the optimizer steps, the next attempt has half
-        as many tokens a forward pass. The gradient is the same whatever their number.
+        as many tokens per forward pass. The gradient is the same whatever their number.
         """
         tokens = 0
         while tokens != self.micro_batch_tokens:
@@ -230,7 +230,7 @@ class Stage:
         else:
             return
         torch.clear_autocast_cache()
-        print(f"{self.folder.name}: {tokens:,} tokens a forward pass do not fit, {tokens // 2:,} are tried", flush=True)
+        print(f"{self.folder.name}: {tokens:,} tokens per forward pass do not fit, now {tokens // 2:,}", flush=True)
 
     def finish(self, step: int, metrics: Mapping[str, Value], *, tokens: int) -> None:
         """The step is done: write its row, and a checkpoint where one is due; `tokens` were processed in it."""
