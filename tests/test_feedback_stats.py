@@ -101,7 +101,7 @@ def test_cohens_kappa_by_hand() -> None:
     assert cohens_kappa(first, second) == pytest.approx(0.4)
     assert cohens_kappa([1, -1, 0], [1, -1, 0]) == 1
     assert cohens_kappa([1, -1], [-1, 1]) == -1
-    assert math.isnan(cohens_kappa([1, 1], [1, 1])) and math.isnan(cohens_kappa([], []))
+    assert cohens_kappa([1, 1], [1, 1]) is None and cohens_kappa([], []) is None
 
 
 def test_agreement_between_labellers_by_hand() -> None:

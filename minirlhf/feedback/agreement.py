@@ -98,22 +98,22 @@ def order_sentence(labeller: str, bias: dict[str, Any]) -> str:
     return f"{first}; its two orders contradict each other in {share_text(bias['contradictions'])} pairs"
 
 
-def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> float:
+def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> float | None:
     """Agreement of two labellers beyond chance: 1 is perfect, 0 what two with these habits would have by chance.
 
     kappa = (p_o - p_e) / (1 - p_e),  p_o share of equal choices,  p_e = sum_c p_1(c) p_2(c)
 
-    Cohen 1960. nan for no choices, or where p_e is 1: then both always make the same choice.
+    Cohen 1960. None for no choices, or where p_e is 1: then both always make the same choice.
     """
     n = len(first)
     observed = sum(a == b for a, b in zip(first, second, strict=True))
     one, two = Counter(first), Counter(second)
     expected = sum(one[c] * two[c] for c in one)  # times n^2
-    return (observed * n - expected) / (n * n - expected) if n * n != expected else math.nan
+    return (observed * n - expected) / (n * n - expected) if n * n != expected else None
 
 
 def between_labellers(labels: Sequence[Label]) -> list[dict[str, Any]]:
-    """Agreement of every two labellers on the pairs that both judged, first labels alone; a kappa of nan is None."""
+    """Agreement of every two labellers on the pairs that both judged, first labels alone."""
     by_labeller: dict[str, dict[str, Label]] = defaultdict(dict)
     for label in first_labels(labels):
         by_labeller[label.labeller][label.item] = label
@@ -123,6 +123,5 @@ def between_labellers(labels: Sequence[Label]) -> list[dict[str, Any]]:
         if shared:
             mine, theirs = ([c for item in shared for c in choices(by_labeller[who][item])] for who in both)
             same = share(sum(a == b for a, b in zip(mine, theirs, strict=True)), len(mine))
-            kappa = cohens_kappa(mine, theirs)
-            rows.append({"labellers": list(both), **same, "kappa": None if math.isnan(kappa) else kappa})
+            rows.append({"labellers": list(both), **same, "kappa": cohens_kappa(mine, theirs)})
     return rows

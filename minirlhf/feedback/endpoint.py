@@ -74,7 +74,7 @@ def main(config: Config) -> Path:
         server = Endpoint(config, log, key=os.environ.get(config.key_variable, ""))
         tasks, output = tasks_and_file(config)
         asked = (server.first_token(question(*q, instruction=config.instruction)) for q in questions_of(tasks))
-        write_labels(output, by_pairs(config, tasks, [share_of("A", "B", logprobs) for logprobs in asked]))
+        write_labels(output, list(by_pairs(config, tasks, (share_of("A", "B", logprobs) for logprobs in asked))))
         print(f"{log.path}: {log.calls} calls, {log.tokens} tokens in all")
     return output
 
@@ -169,26 +169,22 @@ class Endpoint:
         key = hashlib.sha256(json.dumps([self.url, request], sort_keys=True).encode()).hexdigest()
         if key in self.log.answers:
             return self.log.answers[key]
-        for attempt in range(1, self.config.attempts + 1):
-            self._check_budget()
+        config, log = self.config, self.log
+        rest = f"{len(log.answers)} answers are kept in {log.path}, run again to go on from there"
+        calls = f"--max-calls {config.max_calls}: the budget of calls is spent; {rest}"
+        for attempt in range(1, config.attempts + 1):
+            require(log.calls < config.max_calls, calls)
+            tokens = f"--max-tokens {config.max_tokens}: the budget of tokens is spent ({log.tokens}); {rest}"
+            require(log.tokens < config.max_tokens, tokens)
             try:
                 return self._call(key, request)
             except Failure as failure:
                 reason = failure
-            require(reason.wait <= LONGEST_WAIT, f"{self.url}: {reason}; {self._so_far()}")
-            if attempt < self.config.attempts:
+            require(reason.wait <= LONGEST_WAIT, f"{self.url}: {reason}; {rest}")
+            if attempt < config.attempts:
                 backoff = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
                 sleep(min(LONGEST_WAIT, max(backoff, reason.wait)))
-        raise UserError(f"{self.url}: {self.config.attempts} calls failed, the last with: {reason}; {self._so_far()}")
-
-    def _check_budget(self) -> None:
-        log, most_calls, most_tokens = self.log, self.config.max_calls, self.config.max_tokens
-        require(log.calls < most_calls, f"--max-calls {most_calls}: the budget of calls is spent; {self._so_far()}")
-        words = f"--max-tokens {most_tokens}: the budget of tokens is spent ({log.tokens}); {self._so_far()}"
-        require(log.tokens < most_tokens, words)
-
-    def _so_far(self) -> str:
-        return f"{len(self.log.answers)} answers are kept in {self.log.path}, run again to go on from there"
+        raise UserError(f"{self.url}: {config.attempts} calls failed, the last with: {reason}; {rest}")
 
     def _call(self, key: str, request: dict[str, Any]) -> dict[str, float]:
         """One call, good or bad, and its line in the log."""

@@ -21,7 +21,6 @@ Its JSON export has an annotation's `selected: left | right` under `result`, the
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,20 +69,15 @@ def import_labels(config: ImportConfig) -> Path:
     if config.export is None:
         raise UserError("import: name the exported file with --export")
     output = new_file(config.output or config.run / "labels" / "label-studio.jsonl")
-    labels, left_out = read_export(config.export)
+    labels, left_out = read_lines(config.export, task_labels)
     require(len(labels) > 0, f"{config.export}: no task in it is labelled")
     write_records(output, [label.record() for label in labels])
     print(f"{output}: {len(labels)} labels" + "".join(f", {n} tasks left out: {why}" for why, n in left_out.items()))
     return output
 
 
-def read_export(path: Path) -> tuple[list[Label], Counter[str]]:
-    """The labels in an export, and why tasks were left out; raises UserError with file:line for a bad one."""
-    return read_lines(path, _labels)
-
-
-def _labels(row: Row) -> list[Label]:
-    """A label for every choice that was made in a task."""
+def task_labels(row: Row) -> list[Label]:
+    """A label for every choice that was made in a task; raises LeftOut where there is none, BadRow for a bad task."""
     words = "not a task of Label Studio: it needs prompt, answer1 and answer2, under 'data' or by themselves"
     require(any(form.fits(row) for form in LAYOUTS), words, BadRow)
     data = row.get("data", row)

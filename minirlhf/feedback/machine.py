@@ -13,7 +13,7 @@ The models and how they are asked stand in `minirlhf/evaluate/judges.py`, which 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -82,13 +82,11 @@ def simulated(config: Simulated) -> Path:
     """
     people = Labeller(config.temperature, config.noise, config.length_bias, config.seed)
     tasks, output = tasks_and_file(config)
-    labels = []
-    for task in tasks:
-        try:
-            ranks = people.rank(task.candidates.prompt, task.candidates.responses, key=task.key[0])
-        except ValueError as error:
-            raise UserError(f"--by simulated: {error}") from error
-        labels.append(task.label(config.labeller, ranks))
+    try:
+        ranks = [people.rank(t.candidates.prompt, t.candidates.responses, key=t.key[0]) for t in tasks]
+    except ValueError as error:
+        raise UserError(f"--by simulated: {error}") from error
+    labels = [task.label(config.labeller, each) for task, each in zip(tasks, ranks, strict=True)]
     return write_labels(output, labels)
 
 
@@ -182,7 +180,7 @@ def judge_model(config: ByJudge) -> Path:
     folder = ModelFolder.find(source, GPT, flag="--model")
     judge = JudgeModel(folder, config.instruction, resolve_device(config.device), config.micro_batch_tokens)
     tasks, output = tasks_and_file(config)
-    return write_labels(output, by_pairs(config, tasks, judge.preferred(questions_of(tasks))))
+    return write_labels(output, list(by_pairs(config, tasks, judge.preferred(questions_of(tasks)))))
 
 
 def questions_of(tasks: Sequence[Task]) -> list[tuple[str, str, str]]:
@@ -195,18 +193,17 @@ def questions_of(tasks: Sequence[Task]) -> list[tuple[str, str, str]]:
     ]
 
 
-def by_pairs(config: PairsConfig, tasks: Sequence[Task], shares: Sequence[float | None]) -> list[Label]:
+def by_pairs(config: PairsConfig, tasks: Sequence[Task], shares: Iterable[float | None]) -> Iterator[Label]:
     """The labels of a judge.
 
     shares  for each of `questions_of`, the probability that the answer read first is better; None without a verdict
     """
-    labels, rest = [], iter(shares)
+    rest = iter(shares)
     for task in tasks:
         given = list(itertools.islice(rest, len(task.shown) * (len(task.shown) - 1)))
         spoken = [share for share in given if share is not None]
         orders = list(zip(spoken[::2], spoken[1::2], strict=False))
-        labels.append(by_orders(config, task, orders) if spoken == given else task.label(config.labeller, None))
-    return labels
+        yield by_orders(config, task, orders) if spoken == given else task.label(config.labeller, None)
 
 
 def by_orders(config: PairsConfig, task: Task, orders: Sequence[tuple[float, float]]) -> Label:

@@ -40,15 +40,12 @@ class Session:
         mine = [label for label in file.labels if label.labeller == labeller]
         self._done = {(label.item, label.repeat) for label in mine}
         self._done |= {(label.item, True) for label in mine if label.verdict == "skip"}  # what is skipped has no repeat
-        self._go_on()
+        self._start()
 
     # -------------------------------------------------------------------------------------------------------- the task
-    def _go_on(self) -> None:
-        """To the first task that is not done."""
-        self._start(next((task for task in self.tasks if task.key not in self._done), None))
-
-    def _start(self, task: Task | None) -> None:
-        self.current = task
+    def _start(self, task: Task | None = None) -> None:
+        """Show a task, by default the first that is not done."""
+        self.current = task or next((task for task in self.tasks if task.key not in self._done), None)
         self.picked: list[list[int]] = []  # levels of displayed positions, best first
         self._tie_next = False
         self.note = ""
@@ -113,7 +110,7 @@ class Session:
         if label.verdict == "skip":
             self._done.add((label.item, True))
         self.message = f"saved: {'both bad' if verdict == 'bad' and len(ranks) == 2 else label.verdict}"
-        self._go_on()
+        self._start()
 
     def _undo(self) -> None:
         """Take back the last pick of a ranking, else the last label, and show its task again."""
@@ -124,8 +121,7 @@ class Session:
             self.message = "took the last one back"
             return
         last = self.file.labels[-1] if self.file.labels else None
-        key = (last.item, last.repeat) if last else None
-        task = next((task for task in self.tasks if task.key == key), None)
+        task = next((task for task in self.tasks if last and task.key == (last.item, last.repeat)), None)
         if last is None or last.labeller != self.labeller or task is None:
             self.message = "nothing to undo"
             return

@@ -30,7 +30,8 @@ def label_in_terminal(session: Session) -> None:
     descriptor = sys.stdin.fileno()
     with single_keys(descriptor):
         while (task := session.current) is not None:
-            draw(session, task)
+            lines = ["\x1b[2J\x1b[H", *page(session, task, shutil.get_terminal_size().columns)]  # on a cleared screen
+            print(*lines, sep="\r\n", end="", flush=True)
             key = read_key(descriptor)
             if key in ("q", ""):
                 break
@@ -83,12 +84,6 @@ def read_line(descriptor: int, question: str, text: str) -> str:
             typed = typed.decode("utf-8", "ignore")[:-1].encode()
         elif byte >= b" ":
             typed += byte
-
-
-def draw(session: Session, task: Task) -> None:
-    """Show a session's task on a cleared screen."""
-    lines = ["\x1b[2J\x1b[H", *page(session, task, shutil.get_terminal_size().columns)]
-    print(*lines, sep="\r\n", end="", flush=True)
 
 
 def page(session: Session, task: Task, width: int) -> list[str]:
