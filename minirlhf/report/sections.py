@@ -21,8 +21,7 @@ from minirlhf.report.chart import ANY, MINUS, Block, Line, Point, chart, number
 from minirlhf.report.run import KINDS, Row, Run, StageRun, labelled
 from minirlhf.report.verdict import checks, over_optimised, signed, summary_of, with_interval
 from minirlhf.runs.health import HEALTHY, Metric
-from minirlhf.world import judge
-from minirlhf.world.judge import Judgement
+from minirlhf.world.judge import Judgement, judge
 
 PARTS = ("helpful", "honest", "harmless")
 MOST_HINTS = 40  # of a stage
@@ -49,11 +48,10 @@ def verdict(runs: Sequence[Run]) -> list[Block]:
     blocks: list[Block] = []
     for run in runs:
         blocks += [{"h3": run.label}] if len(runs) > 1 else []
-        findings = [{"p": headline.format(*over_optimised(run, stage))} for stage in run.of_kind("ppo")]
-        every = checks(run)
-        rows = [(*row, signs[met]) for *row, met in every]
-        blocks += findings or [{"p": "PPO has not begun in this run."}]
-        blocks += [{"p": summary_of(every)}, {"head": ("", "needed", "found", ""), "rows": rows}]
+        found = [{"p": headline.format(*over_optimised(run, stage))} for stage in run.of_kind("ppo")]
+        rows = [(*row, signs[met]) for *row, met in checks(run)]
+        blocks += found or [{"p": "PPO has not begun in this run."}]
+        blocks += [{"p": summary_of(checks(run))}, {"head": ("", "needed", "found", ""), "rows": rows}]
     return blocks
 
 
@@ -218,14 +216,10 @@ def card(runs: Sequence[Run], row: Row) -> Block:
     return {"prompt": prompt, "answers": shown}
 
 
-def made_worst(rows: Sequence[Row]) -> list[Row]:
-    """The prompts where the judge takes most off between SFT and PPO, worst first; none where PPO lost nothing."""
-    losses = []
-    for i, row in enumerate(rows):
-        before, after = (judged(row["prompt"], row[name]) if name in row else None for name in ("sft", "ppo"))
-        if before and after and after.total < before.total:
-            losses.append((after.total - before.total, i))
-    return [rows[i] for _, i in sorted(losses)[:WORST]]
+def gained(row: Row) -> float:
+    """The judge's mark of PPO's answer less that of SFT's; 0 where it is not asked of both."""
+    sft, ppo = (judged(row["prompt"], row[name]) if name in row else None for name in ("sft", "ppo"))
+    return ppo.total - sft.total if sft and ppo else 0.0
 
 
 def answers(runs: Sequence[Run]) -> list[Block]:
@@ -234,11 +228,11 @@ def answers(runs: Sequence[Run]) -> list[Block]:
     """
     runs = [run for run in runs if run.answers]
     rows = [row for row in runs[0].answers if "prompt" in row] if runs else []
-    first, worst = rows[: FIRST if len(runs) == 1 else OF_SEVERAL], [card(runs, row) for row in made_worst(rows)]
+    first = rows[: FIRST if len(runs) == 1 else OF_SEVERAL]
+    worst = [card(runs, row) for row in sorted((row for row in rows if gained(row) < 0), key=gained)[:WORST]]
     about = f"The first {len(first)} of {len(rows)} held-out prompts, one sampled answer each."
-    lost = f"{len(worst)} prompts where PPO's answer is judged furthest below SFT's"
-    more = [{"summary": lost, "blocks": worst}] if worst else []
-    return [quiet(about), *(card(runs, row) for row in first), *more] if rows else []
+    lost = {"summary": f"{len(worst)} prompts where PPO's answer is judged furthest below SFT's", "blocks": worst}
+    return [quiet(about), *(card(runs, row) for row in first), *([lost] if worst else [])] if rows else []
 
 
 # ---------------------------------------------------------------------------------------------------------- the curves
@@ -323,30 +317,26 @@ def circumstances(run: Run) -> str:
 
 def facts(runs: Sequence[Run]) -> list[Block]:
     """Settings, seeds, versions, times and hashes of what was read; several runs begin with what differs."""
-    settings: dict[tuple[str, str], list[str]] = {}
+    settings: dict[str, dict[str, list[str]]] = {}
     rows = []
     for i, run in enumerate(runs):
         for stage in run.stages:
             config, state = stage.setup.get("config", {}), "finished" if stage.finished else "not finished"
             seconds, seed = run.seconds.get(stage.name, stage.seconds), setting(config.get("seed", ""))
-            cells = (state, len(stage.rows), f"{seconds:.0f} s", seed, sources(stage))
-            rows.append((run.prefix + stage.name, *cells))
+            rows.append((run.prefix + stage.name, state, len(stage.rows), f"{seconds:.0f} s", seed, sources(stage)))
             for name, value in config.items():
-                settings.setdefault((stage.name, name), [""] * len(runs))[i] = setting(value)
+                settings.setdefault(stage.name, {}).setdefault(name, [""] * len(runs))[i] = setting(value)
     labels = ("setting", *(run.label if len(runs) > 1 else "value" for run in runs))
-    differ = [
-        (f"{stage}: {name}", *values)
-        for (stage, name), values in settings.items()
-        if len(set(values)) > 1 and name not in ("run", "resume")
-    ]
+    folded, differ = [], []
+    for place, table in settings.items():
+        whole = {"head": labels, "rows": [(name, *values) for name, values in table.items()]}
+        folded.append({"summary": f"Settings of {place}", "blocks": [whole]})
+        several = [(name, values) for name, values in table.items() if len(set(values)) > 1]
+        differ += [(f"{place}: {name}", *values) for name, values in several if name not in ("run", "resume")]
     first = {"head": labels, "rows": differ} if differ else quiet("All settings are the same.")
     head = ("stage", "state", "steps", "time", "seed", "read (SHA-256 of its content or weights)")
     blocks = [{"h3": "Settings that differ"}, first, {"h3": "Stages"}] if len(runs) > 1 else []
-    blocks += [{"head": head, "rows": rows}, *(quiet(circumstances(run)) for run in runs)]
-    for place in dict.fromkeys(stage for stage, _ in settings):
-        table = [(name, *values) for (part, name), values in settings.items() if part == place]
-        blocks.append({"summary": f"Settings of {place}", "blocks": [{"head": labels, "rows": table}]})
-    return blocks
+    return [*blocks, {"head": head, "rows": rows}, *(quiet(circumstances(run)) for run in runs), *folded]
 
 
 EVALUATE = "python -m minirlhf.evaluate --run RUN"
@@ -355,8 +345,7 @@ TRACE = "python train_ppo.py --trace-every 4"
 
 # The sections in the order of the page: place, link, title, content, and what makes it where it is not there yet. The
 # docstring of the content stands below the title.
-Section = tuple[str, str, str, Callable[[Sequence[Run]], list[Block]], str]
-SECTIONS: list[Section] = [
+SECTIONS: list[tuple[str, str, str, Callable[[Sequence[Run]], list[Block]], str]] = [
     ("verdict", "Verdict", "Verdict", verdict, ""),
     ("hints", "Hints", "Hints", hints, ""),
     ("models", "Models", "Models beside each other", models, EVALUATE),

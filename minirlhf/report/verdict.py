@@ -62,17 +62,15 @@ def traced(stage: StageRun) -> tuple[str, str, str]:
         f"{signed(best['judge'])} at {at(best)}; the reward model's score went from {signed(first['reward'])} to "
         f"{signed(last['reward'])}, and was {signed(best['reward'])} at the judge's best. The end is {at(last)}."
     )
-    size = (
-        f"{path} It fell from its best by {mean:.2f}, with a standard error of {error:.2f} over {counts.pop()} prompts"
-    )
-    if mean > SURE * error and last["reward"] > best["reward"]:
-        return "yes", f"{size}, while the reward rose.", ""
+    size = f"It fell from its best by {mean:.2f}, with a standard error of {error:.2f} over {counts.pop()} prompts"
     if mean > SURE * error:
-        return "broke", f"{size}, and the reward fell too.", ""
+        rose = last["reward"] > best["reward"]
+        end = "while the reward rose" if rose else "and the reward fell too"
+        return "yes" if rose else "broke", f"{path} {size}, {end}.", ""
     amiss = "" if -loss > SURE * doubt else ", but the judge's mark did not rise"
     if best is last:
         return "no", f"{path} The judge's best is the last measurement.", amiss
-    return "no", f"{size}: only a fall of {SURE * error:.2f} or more could be told from chance.", amiss
+    return "no", f"{path} {size}: only a fall of {SURE * error:.2f} or more could be told from chance.", amiss
 
 
 def from_ends(stage: StageRun, models: dict[str, Row]) -> tuple[str, str, str]:
@@ -129,11 +127,10 @@ def checks_of(name: str, run: Run) -> list[Check]:
 
 def checks(run: Run) -> list[Check]:
     """Each threshold that the evaluation at the end of a run is held against, beside what the run reached."""
-    agreement, name = run.summary.get("reward_model_agreement") or {}, "reward_model_agreement"
+    agreement = run.summary.get("reward_model_agreement") or {}
     share = agreement.get("share")
-    first = (
-        check("", name, share, f"{share:.1%} of {agreement['pairs']} pairs") if is_number(share) else check("", name)
-    )
+    reached = (share, f"{share:.1%} of {agreement['pairs']} pairs") if is_number(share) else ()
+    first = check("", "reward_model_agreement", *reached)
     return [first, *checks_of("ppo", run), *checks_of("dpo", run)]
 
 
