@@ -214,7 +214,7 @@ def test_the_headline_is_green_only_where_all_is_well(run: Path) -> None:
     summary["models"]["ppo"]["eos_rate"] = 0.4
     (run / "summary.json").write_text(json.dumps(summary))
     assert headline()[0] == "middling"
-    summary["models"]["ppo"] |= {"eos_rate": 1.0, "win_rate": {"mean": 0.55, "interval": [0.45, 0.65]}}
+    summary["models"]["ppo"] |= {"eos_rate": 1.0, "win_rate": {"mean": 0.55, "interval": [0.5, 0.65]}}
     (run / "summary.json").write_text(json.dumps(summary))
     assert headline() == ("middling", "PPO did not over-optimise, but not all of its thresholds are met.")
     write(run / "ppo" / "trace.jsonl", FALLING)
