@@ -29,6 +29,7 @@ import numpy as np
 import project  # noqa: F401  first: it finds the package
 import real
 import torch
+from held_out import scores
 
 import train_dpo
 import train_ppo
@@ -37,7 +38,8 @@ import train_sft
 from minirlhf import data, tokenizer
 from minirlhf.batch import permutation
 from minirlhf.encode import Record, encode_comparisons
-from minirlhf.evaluate import evaluation
+from minirlhf.evaluate import Answers, Evaluator, bootstrap_interval, evaluation
+from minirlhf.evaluate.statistics import wins
 from minirlhf.files import write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
@@ -160,11 +162,6 @@ def train(work: Path, settings: Settings) -> None:
     )
 
 
-def no_rules(prompt: str, response: str) -> tuple[float, ...]:
-    """The judge here is the reward model that the evaluator scores with; there are no parts beside it."""
-    return ()
-
-
 def pair_accuracy(model: RewardModel, work: Path) -> dict[str, float]:
     """How often the model prefers the chosen side of the pairs of the evaluation folds."""
     encoding = tokenizer.load(work / "sft" / "model")
@@ -187,8 +184,10 @@ def measure(work: Path, settings: Settings) -> dict:
     config = evaluation.Config(run=work, max_new_tokens=NEW_TOKENS, seed=settings.seed)
     # One prompt in the evaluator for each answer: it measures one answer a prompt.
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
-    evaluator = evaluation.Evaluator(models["sft"], judge, encoding, repeated, config, no_rules)
-    answers = {name: evaluator.measure(evaluator.sample(model)) for name, model in models.items()}
+    room = models["sft"].config.n_positions - NEW_TOKENS
+    # Its reward is the judge's score.
+    evaluator = Evaluator(repeated, config, room, None, lambda a: scores(judge, a.samples), models["sft"])
+    answers = {name: evaluator.measure(evaluator.sample(model, encoding)) for name, model in models.items()}
     result = {name: summarise(a, answers["sft"], settings) for name, a in answers.items()}
     for name, row in result.items():
         row["answers"] = dict(
@@ -198,19 +197,19 @@ def measure(work: Path, settings: Settings) -> dict:
     return {"prompts": len(prompts), "pair_accuracy": agreement, "models": result}
 
 
-def summarise(answers: evaluation.Answers, baseline: evaluation.Answers, settings: Settings) -> dict:
+def summarise(answers: Answers, baseline: Answers, settings: Settings) -> dict:
     """Win rate against the baseline, the judge's score, KL and lengths; intervals over prompts, not answers."""
 
     def by_prompt(values: np.ndarray) -> np.ndarray:
         return values.reshape(-1, settings.samples).mean(axis=1)
 
-    won, scores = by_prompt(evaluation.wins(answers.reward, baseline.reward)), by_prompt(answers.reward)
+    won, judged = by_prompt(wins(answers["reward"], baseline["reward"])), by_prompt(answers["reward"])
     return {
-        "win_rate": {"mean": float(won.mean()), "interval": evaluation.bootstrap_interval(won, seed=settings.seed)},
-        "judge": {"mean": float(scores.mean()), "interval": evaluation.bootstrap_interval(scores, seed=settings.seed)},
-        "kl": float(answers.kl.mean()),
-        "length": float(answers.lengths.mean()),
-        "eos_rate": float(answers.finished.mean()),
+        "win_rate": {"mean": float(won.mean()), "interval": bootstrap_interval(won, seed=settings.seed)},
+        "judge": {"mean": float(judged.mean()), "interval": bootstrap_interval(judged, seed=settings.seed)},
+        "kl": float(answers["kl"].mean()),
+        "length": float(answers["length"].mean()),
+        "eos_rate": float(answers["finished"].mean()),
     }
 
 

@@ -250,7 +250,9 @@ def test_a_comparison_too_long_for_the_judge_loses_its_start(tmp_path: Path, cap
         candidates=tmp_path / "c.jsonl", output=tmp_path / "j.jsonl", model=str(folder), device="cpu"
     )
     (found,) = read_labels(machine.judge_model(config))
-    assert "2 comparisons lost their start to fit the judge's 96 tokens" in capsys.readouterr().out
+    assert (
+        "2 of 2 questions to the judge model lost their start to fit the judge's 96 tokens" in capsys.readouterr().out
+    )
     model, verdicts = GPT.from_pretrained(folder), [tokenizer.encode(ENCODING, v) for v in (" A", " B")]
     first, second = (found.responses[i] for i in found.shown)
     ids = encode_prompt(ENCODING, comparison_text(long, first, second))[-(96 - max(map(len, verdicts))) :]

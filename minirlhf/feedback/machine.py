@@ -185,17 +185,7 @@ def judge_model(config: ByJudge) -> Path:
     source = config.model or str(config.run / "judge" / "sft" / "model")
     folder = ModelFolder.find(source, GPT, flag="--model")
     judge = JudgeModel(folder, config.instruction, resolve_device(config.device), config.micro_batch_tokens)
-    cut = 0
-
-    def preferred(questions: Sequence[Question]) -> list[float]:
-        nonlocal cut
-        shares, cut = judge.ask(questions)
-        return shares
-
-    output = label_by_machine(config, lambda tasks: by_pairs(config, tasks, preferred))
-    if cut:
-        print(f"{cut} comparisons lost their start to fit the judge's {folder.positions} tokens")
-    return output
+    return label_by_machine(config, lambda tasks: by_pairs(config, tasks, judge.preferred))
 
 
 def by_pairs(
