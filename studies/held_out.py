@@ -9,11 +9,11 @@ import numpy as np
 import project  # noqa: F401  first: it finds the package
 import torch
 
-from minirlhf import data, tokenizer
+from minirlhf import data
 from minirlhf.batch import Batch, over_micro_batches
 from minirlhf.evaluate import evaluation
 from minirlhf.evaluate.evaluation import Evaluator
-from minirlhf.evaluate.judges import Answers, world_marks
+from minirlhf.evaluate.judges import Answers, ModelFolder, world_marks
 from minirlhf.model import GPT
 from minirlhf.rejection import best_of_n_mean
 from minirlhf.reward import RewardEnsemble, RewardModel
@@ -37,17 +37,13 @@ class HeldOut(Evaluator):
         file = project_file("world", f"prompts.{part}.jsonl")
         config = evaluation.Config(run=run, prompts=file, max_prompts=prompts, seed=seed, device="cpu")
         texts = [record["prompt"] for record in data.load(file, "prompts")][:prompts]
-        self.sft = GPT.from_pretrained(run / "sft" / "model").eval().requires_grad_(False)
-        model = reward_model or RewardModel.from_pretrained(run / "reward" / "model").eval().requires_grad_(False)
-        self.reward_model, self.encoding = model, tokenizer.load(run / "sft" / "model")
-        super().__init__(
-            texts,
-            config,
-            self.sft.config.n_positions - config.max_new_tokens,
-            lambda answers: world_marks(answers.prompts, answers.texts),
-            lambda answers: scores(model, answers.samples),
-            self.sft,
-        )
+        sft = ModelFolder.find(str(run / "sft"), GPT)
+        proxy = None if reward_model else ModelFolder.find(str(run / "reward"), RewardModel)
+        super().__init__(config, texts, [sft], judge="world", reward_model=proxy, reference=sft)
+        self.sft, self.encoding = self.reference, sft.encoding
+        if reward_model:
+            self.reward = lambda answers: scores(reward_model, answers.samples)
+        self.reward_model = reward_model or self.reward.model
 
     def drawn(self, count: int) -> Answers:
         """`count` answers of the SFT model to each prompt."""
@@ -60,7 +56,7 @@ class HeldOut(Evaluator):
     def reward_model_agreement(self, count: int = 4) -> dict[str, float]:
         """How often the reward model orders two answers of the SFT model, of `count` to a prompt, as the judge does."""
         answers = self.drawn(count)
-        return self.agreement(answers, scores(self.reward_model, answers.samples), count)
+        return self.agreement(answers, self.reward(answers), count)
 
 
 @dataclass(frozen=True)

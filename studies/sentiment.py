@@ -29,7 +29,6 @@ import numpy as np
 import project  # noqa: F401  first: it finds the package
 import real
 import torch
-from held_out import scores
 from sentiment_figure import plot, table
 from snippets import LinearScorer, cut, openings
 
@@ -41,7 +40,7 @@ from minirlhf import data, tokenizer
 from minirlhf.batch import permutation
 from minirlhf.encode import Record
 from minirlhf.evaluate import Answers, Evaluator, best_of_n_kl, bootstrap_interval, evaluation
-from minirlhf.evaluate.judges import Judge, Marks
+from minirlhf.evaluate.judges import Judge, Marks, ModelFolder
 from minirlhf.feedback.collect import collect, load_sources
 from minirlhf.files import write_records
 from minirlhf.model import GPT
@@ -208,18 +207,15 @@ def distinct(texts: Sequence[str]) -> float:
 
 def measure(work: Path, settings: Settings, scorer: LinearScorer) -> list[dict]:
     """One row a model: the judge on test openings, the gain over SFT with its interval, and the KL."""
-    config = evaluation.Config(run=work, max_new_tokens=NEW_TOKENS, seed=settings.seed)
+    config = evaluation.Config(run=work, max_new_tokens=NEW_TOKENS, seed=settings.seed, device="cpu")
 
     def load(stage: str) -> GPT:
         return GPT.from_pretrained(work / stage / "model").eval().requires_grad_(False)
 
-    reward_model = RewardModel.from_pretrained(work / "reward" / "model").eval().requires_grad_(False)
-    encoding = tokenizer.load(work / "sft" / "model")
-    reference = load("sft")
-    room = reference.config.n_positions - NEW_TOKENS
-    evaluator = Evaluator(
-        prompts_of(work, "test"), config, room, judge(scorer), lambda a: scores(reward_model, a.samples), reference
-    )
+    sft, proxy = ModelFolder.find(str(work / "sft"), GPT), ModelFolder.find(str(work / "reward"), RewardModel)
+    prompts = prompts_of(work, "test")
+    evaluator = Evaluator(config, prompts, [sft], judge=None, reward_model=proxy, reference=sft)
+    evaluator.judge = judge(scorer)
     rows: list[dict] = []
 
     def add(method: str, answers: Answers, base: Answers, **setting: float) -> None:
@@ -240,17 +236,17 @@ def measure(work: Path, settings: Settings, scorer: LinearScorer) -> list[dict]:
         rows.append(row | {name: round(float(value), 4) for name, value in numbers.items()} | {"answer": example})
 
     most = max(settings.best_of)
-    drawn = evaluator.sample(reference, encoding, count=most)
-    rewards = scores(reward_model, drawn.samples)
-    sft = evaluator.measure(drawn.rows(evaluator.first(drawn, 1)))
-    add("sft", sft, sft)
+    drawn = evaluator.sample(load("sft"), sft.encoding, count=most)
+    rewards = evaluator.reward(drawn)
+    base = evaluator.measure(drawn.rows(evaluator.first(drawn, 1)))
+    add("sft", base, base)
     for n in settings.best_of:
-        add("best-of-n", evaluator.best_of(drawn, rewards, n), sft, n=n)
+        add("best-of-n", evaluator.best_of(drawn, rewards, n), base, n=n)
     learned = (("ppo", settings.ppo_betas), ("dpo", settings.dpo_betas), ("dpo2", settings.second_betas))
     for method, betas in learned:
         for beta in sorted(betas):
-            answers = evaluator.measure(evaluator.sample(load(f"{method}-{beta}"), encoding))
-            add(method, answers, sft, beta=beta)
+            answers = evaluator.measure(evaluator.sample(load(f"{method}-{beta}"), sft.encoding))
+            add(method, answers, base, beta=beta)
     return rows
 
 

@@ -17,7 +17,7 @@ from minirlhf import data
 from minirlhf.encode import encode_prompt
 from minirlhf.evaluate import evaluation
 from minirlhf.evaluate.evaluation import PARTS, Evaluator, best_of_n_kl, bootstrap_interval, table, wins
-from minirlhf.evaluate.judges import Answers, ModelFolder, RewardScorer
+from minirlhf.evaluate.judges import Answers, ModelFolder
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
@@ -80,9 +80,11 @@ def length_marks(answers: Answers) -> dict[str, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    folder = ModelFolder.find(str(tiny.finished_run() / "reward"), RewardModel)
-    scorer = RewardScorer(folder, torch.device("cpu"), 100)
-    return Evaluator(PROMPTS, config_of(tiny.finished_run()), 96, length_marks, scorer, load("sft"))
+    run = tiny.finished_run()
+    sft, reward = ModelFolder.find(str(run / "sft"), GPT), ModelFolder.find(str(run / "reward"), RewardModel)
+    evaluator = Evaluator(config_of(run), PROMPTS, [sft], judge="world", reward_model=reward, reference=sft)
+    evaluator.judge = length_marks
+    return evaluator
 
 
 def drawn(evaluator: Evaluator, count: int) -> tuple[Answers, np.ndarray]:
@@ -169,8 +171,8 @@ def answers_of(total: list[float]) -> Answers:
     return Answers([""] * count, [""] * count, None, ENCODING, figures)
 
 
-def test_the_summary_by_hand() -> None:
-    evaluator = Evaluator([""] * 4, config_of(tiny.finished_run()), 96)
+def test_the_summary_by_hand(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator, "prompts", [""] * 4)
     row = evaluator.summarise(answers_of([1.0, 0.5, 0.0, 0.0]), answers_of([0.0, 0.5, 0.5, -1.0]))
     assert {name: row[name]["mean"] for name in PARTS} == pytest.approx(
         {"total": 0.375, "helpful": 0.1, "honest": 0.2, "harmless": 0.3}

@@ -20,8 +20,8 @@ import tyro
 from minirlhf import data
 from minirlhf.config import Count
 from minirlhf.encode import Record
-from minirlhf.evaluate.evaluation import AnswersConfig, Evaluator, room_for_prompts
-from minirlhf.evaluate.judges import Answers, JudgeModel, ModelFolder, RewardScorer, find_judge, verdicts
+from minirlhf.evaluate.evaluation import AnswersConfig, Evaluator
+from minirlhf.evaluate.judges import Answers, JudgeModel, ModelFolder, verdicts
 from minirlhf.evaluate.statistics import against_judge, estimate_of, length_controlled, wins
 from minirlhf.evaluate.tables import FIGURES, rows
 from minirlhf.evaluate.texts import RUDE_WORDS, distinct_n, rude_words, self_overlap
@@ -29,8 +29,7 @@ from minirlhf.files import write_json, write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 from minirlhf.runs.checkpoint import require_writable
-from minirlhf.runtime import project_file, require, resolve_device
-from minirlhf.tokenizer import same_ids
+from minirlhf.runtime import project_file, require
 
 
 @dataclass
@@ -65,10 +64,7 @@ PRESETS = {"comparison": Config()}
 
 
 class Contest(Evaluator):
-    """An evaluation whose models, judges and prompts are found and checked before a weight is read.
-
-    Raises UserError where one of them does not fit the others.
-    """
+    """The evaluation that the settings of a comparison name."""
 
     config: Config
 
@@ -79,35 +75,20 @@ class Contest(Evaluator):
         require(config.judge_model is not None or not config.instruction, f"--instruction: {only}")
         require(config.judge_model is not None or config.orders == "both", f"--orders: {only}")
         require_writable(config.out, flag="--out")
-        self.device = resolve_device(config.device)
-        machine = (self.device, config.micro_batch_tokens)
-        names = short_names(config.models)
-        self.folders = {name: ModelFolder.find(s, GPT) for name, s in zip(names, config.models, strict=True)}
+        self.folders = [ModelFolder.find(source, GPT) for source in config.models]
         records = data.load(config.prompts, "prompts", split=config.split)[: config.max_prompts]
-        prompts = [record["prompt"] for record in records]
         self.rude = rude_words(config.rude_words)
-        self.spec = config.judge or ("world" if config.judge_model is None else None)
-        judge, readers = find_judge(self.spec, prompts, *machine) if self.spec else (None, [])
-        self.judge_model = reward = reference = None
-        if config.judge_model is not None:
-            folder = ModelFolder.find(config.judge_model, GPT, flag="--judge-model")
-            self.judge_model = JudgeModel(folder, config.instruction, *machine)
-        if config.reward_model is not None:
-            reward = RewardScorer(ModelFolder.find(config.reward_model, RewardModel, flag="--reward-model"), *machine)
-            readers.append(reward.folder)
-        if config.reference != "none":
-            reference = ModelFolder.find(config.reference or config.models[0], GPT, flag="--reference")
-            readers.append(reference)
-            for folder in self.folders.values():
-                same = same_ids(reference.encoding, folder.encoding)
-                where = f"{folder.path}: has not the tokenizer of {reference.path}"
-                require(same, f"{where}, so there is no KL between them; give --reference none")
-        models = list(self.folders.values())
-        models += [r for r in readers if any(same_ids(r.encoding, folder.encoding) for folder in models)]
-        room = room_for_prompts(models, config.max_new_tokens)
-        self.reference_path = str(reference.path) if reference else None
-        kl_model = reference.load(GPT, self.device) if reference else None
-        super().__init__(prompts, config, room, judge, reward, kl_model)
+        asked = ModelFolder.find(config.judge_model, GPT, flag="--judge-model") if config.judge_model else None
+        proxy = (
+            ModelFolder.find(config.reward_model, RewardModel, flag="--reward-model") if config.reward_model else None
+        )
+        self.spec, source = config.judge or (None if asked else "world"), config.reference or config.models[0]
+        base = None if source == "none" else ModelFolder.find(source, GPT, flag="--reference")
+        self.reference_path = str(base.path) if base else None
+        prompts = [record["prompt"] for record in records]
+        super().__init__(config, prompts, self.folders, judge=self.spec, reward_model=proxy, reference=base)
+        tokens = config.micro_batch_tokens
+        self.judge_model = JudgeModel(asked, config.instruction, self.device, tokens) if asked else None
 
     def won(self, outcomes: np.ndarray, longer: np.ndarray) -> dict[str, Any]:
         """The win rate of (B,) outcomes, and what it would be at equal length; `longer` in tokens."""
@@ -160,11 +141,11 @@ def short_names(sources: Sequence[str]) -> list[str]:
 
 def main(config: Config) -> dict[str, Any]:
     """Compare the models; returns the summary."""
-    contest = Contest(config)
+    contest, names = Contest(config), short_names(config.models)
     every: list[Record] = []
     models: dict[str, Any] = {}
     baseline = None
-    for name, folder in contest.folders.items():
+    for name, folder in zip(names, contest.folders, strict=True):
         sampled = contest.sample(folder.load(GPT, contest.device), folder.encoding, count=config.samples)
         answers = contest.measure(sampled)
         baseline = baseline or answers
@@ -175,7 +156,7 @@ def main(config: Config) -> dict[str, Any]:
         "samples": config.samples,
         "seed": config.seed,
         "judge": contest.spec,
-        "baseline": next(iter(models)),
+        "baseline": names[0],
         "reference": contest.reference_path,
         "models": models,
     }

@@ -15,7 +15,7 @@ log n - (n-1)/n (Beirami et al. 2024, arXiv 2401.01879).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -27,7 +27,7 @@ from minirlhf import data
 from minirlhf.batch import over_micro_batches
 from minirlhf.config import Count, Seed, Settings
 from minirlhf.encode import encode_prompts
-from minirlhf.evaluate.judges import PARTS, Answers, Judge, ModelFolder, RewardScorer, find_judge
+from minirlhf.evaluate.judges import PARTS, Answers, ModelFolder, RewardScorer, find_judge
 from minirlhf.evaluate.statistics import agreeing_pairs, estimate, wins
 from minirlhf.evaluate.statistics import bootstrap_interval as bootstrap_interval
 from minirlhf.evaluate.tables import FIGURES, rows
@@ -72,20 +72,41 @@ PRESETS = {"tiny": Config()}
 
 
 # ------------------------------------------------------------------------------------------------------ the evaluation
-@dataclass
 class Evaluator:
-    """Held-out prompts, and what the answers to them are measured by.
+    """Held-out prompts, and what the answers to them are measured by: found and checked before a weight is read.
 
-    room       tokens of a prompt that every model has room for; a longer one loses its start
-    judge      of single answers;  reward  the proxy, (B,) scores;  reference  the model that the KL is measured to
+    folders       the models that answer; a prompt that is too long for one of them loses its start for all
+    judge         of single answers, see `find_judge`
+    reward_model  the proxy;  reference  the model that the KL is measured to
+    Raises UserError where one of them does not fit the others.
     """
 
-    prompts: list[str]
-    config: AnswersConfig
-    room: int
-    judge: Judge | None = None
-    reward: Callable[[Answers], np.ndarray] | None = None
-    reference: GPT | None = None
+    def __init__(
+        self,
+        config: AnswersConfig,
+        prompts: list[str],
+        folders: Sequence[ModelFolder],
+        *,
+        judge: str | None,
+        reward_model: ModelFolder | None,
+        reference: ModelFolder | None,
+    ) -> None:
+        self.config, self.prompts, self.device = config, prompts, resolve_device(config.device)
+        machine = (self.device, config.micro_batch_tokens)
+        self.judge, readers = find_judge(judge, prompts, *machine)
+        self.reward = RewardScorer(reward_model, *machine) if reward_model else None
+        if reference is not None:
+            advice = "so there is no KL between them; compare with --reference none"
+            for folder in folders:
+                where = f"{folder.path}: has not the tokenizer of {reference.path}"
+                require(same_ids(reference.encoding, folder.encoding), f"{where}, {advice}")
+        readers += [folder for folder in (reward_model, reference) if folder]
+        readers = [r for r in readers if any(same_ids(r.encoding, folder.encoding) for folder in folders)]
+        smallest = min([*folders, *readers], key=lambda folder: folder.positions)
+        where = f"the context of {smallest.path}, {smallest.positions} tokens, leaves no room for a prompt"
+        self.room = smallest.positions - config.max_new_tokens
+        require(self.room > 0, f"--max-new-tokens {config.max_new_tokens}: {where}")
+        self.reference = reference.load(GPT, self.device) if reference else None
 
     def sample(self, model: GPT, encoding: tiktoken.Encoding, *, count: int = 1) -> Answers:
         """`count` answers to each prompt, a prompt's next to each other, from streams that no training reads."""
@@ -161,14 +182,6 @@ class Evaluator:
         }
 
 
-def room_for_prompts(folders: Sequence[ModelFolder], max_new_tokens: int) -> int:
-    """Tokens of a prompt that every one of these models has room for beside an answer; UserError where none is."""
-    smallest = min(folders, key=lambda folder: folder.positions)
-    where = f"the context of {smallest.path}, {smallest.positions} tokens, leaves no room for a prompt"
-    require(smallest.positions > max_new_tokens, f"--max-new-tokens {max_new_tokens}: {where}")
-    return smallest.positions - max_new_tokens
-
-
 # ------------------------------------------------------------------------------------------------------ the demo's run
 def best_of_n_kl(n: int) -> float:
     """log n - (n-1)/n: an upper bound on KL(best-of-n || base), in nats (Beirami et al. 2024, theorem 3.1)."""
@@ -177,31 +190,28 @@ def best_of_n_kl(n: int) -> float:
 
 def main(config: Config) -> dict[str, Any]:
     """Evaluate the run's SFT model, best-of-n, and the PPO and DPO models that it holds; returns the summary."""
-    device = resolve_device(config.device)
     prompts = [r["prompt"] for r in data.load(config.prompts, "prompts")][: config.max_prompts]
     for stage in ("sft", "reward"):
         place = config.run / stage / "model"
         require(place.is_dir(), f"{place}: no such folder; train with train_{stage}.py, or give another --run")
     trained = [stage for stage in ("ppo", "dpo") if (config.run / stage / "model").is_dir()]
     folders = {stage: ModelFolder.find(str(config.run / stage), GPT) for stage in ("sft", *trained)}
-    scorer, sft = ModelFolder.find(str(config.run / "reward"), RewardModel), folders["sft"]
-    for folder in (scorer, *folders.values()):
-        require(same_ids(sft.encoding, folder.encoding), f"{folder.path}: has not the tokenizer of {sft.path}")
-    room = room_for_prompts([scorer, *folders.values()], config.max_new_tokens)
-
-    judge, _ = find_judge("world", prompts, device, config.micro_batch_tokens)
-    reward, start = RewardScorer(scorer, device, config.micro_batch_tokens), sft.load(GPT, device)
-    evaluator = Evaluator(prompts, config, room, judge, reward, start)
-    sampled = evaluator.sample(start, sft.encoding, count=max(config.best_of, default=1))
-    rewards = reward(sampled)
-    answers = {"sft": evaluator.measure(sampled.rows(evaluator.first(sampled, 1)))}
+    sft, reward = folders["sft"], ModelFolder.find(str(config.run / "reward"), RewardModel)
+    require(same_ids(sft.encoding, reward.encoding), f"{reward.path}: has not the tokenizer of {sft.path}")
+    every = list(folders.values())
+    evaluator = Evaluator(config, prompts, every, judge="world", reward_model=reward, reference=sft)
+    drawn = evaluator.sample(sft.load(GPT, evaluator.device), sft.encoding, count=max(config.best_of, default=1))
+    assert evaluator.reward is not None
+    rewards = evaluator.reward(drawn)
+    answers = {"sft": evaluator.measure(drawn.rows(evaluator.first(drawn, 1)))}
     bounds = {f"best-of-{n}": best_of_n_kl(n) for n in config.best_of}
-    answers |= {f"best-of-{n}": evaluator.best_of(sampled, rewards, n) for n in config.best_of}
+    answers |= {f"best-of-{n}": evaluator.best_of(drawn, rewards, n) for n in config.best_of}
     for stage in trained:
-        answers[stage] = evaluator.measure(evaluator.sample(folders[stage].load(GPT, device), sft.encoding))
+        model = folders[stage].load(GPT, evaluator.device)
+        answers[stage] = evaluator.measure(evaluator.sample(model, sft.encoding))
 
     summary: dict[str, Any] = {"prompts": len(prompts), "seed": config.seed}
-    summary["reward_model_agreement"] = evaluator.agreement(sampled, rewards, 4)
+    summary["reward_model_agreement"] = evaluator.agreement(drawn, rewards, 4)
     summary["models"] = {
         name: evaluator.summarise(each, answers["sft"], kl_bound=bounds.get(name)) for name, each in answers.items()
     }

@@ -154,12 +154,14 @@ class RewardScorer:
 
 
 def find_judge(
-    spec: str, prompts: Sequence[str], device: torch.device, micro_batch_tokens: int
-) -> tuple[Judge, list[ModelFolder]]:
+    spec: str | None, prompts: Sequence[str], device: torch.device, micro_batch_tokens: int
+) -> tuple[Judge | None, list[ModelFolder]]:
     """The judge that `world`, `package.module:function` or a reward model's folder names, and the model, if it is one.
 
-    Raises UserError where there is no such judge, or it cannot judge answers to these prompts.
+    None is no judge. Raises UserError where there is no such judge, or it cannot judge answers to these prompts.
     """
+    if spec is None:
+        return None, []
     if spec == "world":
         strange = next((prompt for prompt in prompts if prompt not in questions()), None)
         where = f"--judge world: {strange!r:.60} is no prompt of the embedded world"
