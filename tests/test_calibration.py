@@ -79,7 +79,7 @@ def pairs_of(margins: list[float], longer: list[int] | None = None, sources: lis
 def test_bins_and_error_by_hand() -> None:
     # sigmoid(0.1) = 0.525, in the first bin, right once and wrong once; sigmoid(2) = 0.881, right three times of four
     pairs = pairs_of([0.1, -0.1, 2.0, 2.0, 2.0, -2.0])
-    low, high = bins_of(pairs)
+    low, high = bins_of(pairs.margins)
     assert (low["from"], low["pairs"], low["accuracy"]) == (0.5, 2, 0.5) and high["from"] == pytest.approx(0.85)
     assert low["confidence"] == pytest.approx(0.524979) and high["confidence"] == pytest.approx(0.880797)
     error = 2 / 6 * 0.024979 + 4 / 6 * (0.880797 - 0.75)
@@ -91,8 +91,8 @@ def test_labels_drawn_from_the_model_itself_are_calibrated_and_doubled_scores_ar
     gaps = random.normal(0, 2, 20_000)
     won = random.random(20_000) < 1 / (1 + np.exp(-gaps))
     margins = np.where(won, gaps, -gaps)
-    assert expected_calibration_error(bins_of(pairs_of(list(margins)))) < 0.01
-    assert expected_calibration_error(bins_of(pairs_of(list(2 * margins)))) > 0.05
+    assert expected_calibration_error(bins_of(margins)) < 0.01
+    assert expected_calibration_error(bins_of(2 * margins)) > 0.05
 
 
 def test_equal_scores_are_half_right_and_extremes_stay_finite() -> None:

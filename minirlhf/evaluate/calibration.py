@@ -16,7 +16,6 @@ differences between bins are less sure than their counts suggest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +36,8 @@ from minirlhf.reward import RewardModel
 from minirlhf.runtime import require, resolve_device
 
 BINS = 10
-LENGTHS = {  # tokens by which the better answer is longer: from, and up to but not with
-    "shorter by 6 or more": (-math.inf, -5),
-    "shorter by 1 to 5": (-5, 0),
-    "equally long": (0, 1),
-    "longer by 1 to 5": (1, 6),
-    "longer by 6 or more": (6, math.inf),
-}
+LENGTHS = ("shorter by 6 or more", "shorter by 1 to 5", "equally long", "longer by 1 to 5", "longer by 6 or more")
+LENGTH_STARTS = (-5, 0, 1, 6)  # of all but the first: tokens by which the better answer is longer
 COLUMNS = [
     Column("pairs", "pairs", "{}"),
     Column("predicted", "confidence", "{:.1%}"),
@@ -87,16 +81,6 @@ class Pairs:
     longer: np.ndarray
     sources: np.ndarray
 
-    @property
-    def correct(self) -> np.ndarray:
-        """(N,) 1 where the model agrees, 1/2 where it scores both alike."""
-        return wins(self.margins, 0.0)
-
-    @property
-    def confidence(self) -> np.ndarray:
-        """(N,) the probability of the side that the model takes, from 1/2 to 1."""
-        return 1 / (1 + np.exp(-np.abs(self.margins)))
-
 
 def score_pairs(scorer: RewardScorer, records: Sequence[Record], *, scale: float) -> Pairs:
     """All pairs of the records, scored. Responses that do not fit the model are left out with their pairs."""
@@ -118,19 +102,22 @@ def score_pairs(scorer: RewardScorer, records: Sequence[Record], *, scale: float
     return Pairs(scale * (scores[better] - scores[worse]), lengths[better] - lengths[worse], np.array(both))
 
 
-def accuracies(pairs: Pairs, groups: Mapping[Any, np.ndarray]) -> dict[Any, dict[str, float]]:
-    """How many `pairs` are in each group, rows of `pairs`, and the `accuracy` on them; empty groups are left out."""
-    parts = {name: pairs.correct[rows] for name, rows in groups.items()}
+def accuracies(margins: np.ndarray, groups: Mapping[Any, np.ndarray]) -> dict[Any, dict[str, float]]:
+    """How many `pairs` are in each group, rows of `margins`, and the `accuracy` on them; empty groups are left out.
+
+    Right is a margin above 0; one of 0 is half right.
+    """
+    parts = {name: wins(margins[rows], 0.0) for name, rows in groups.items()}
     return {name: {"pairs": len(part), "accuracy": float(part.mean())} for name, part in parts.items() if len(part)}
 
 
-def bins_of(pairs: Pairs) -> list[dict[str, float]]:
+def bins_of(margins: np.ndarray) -> list[dict[str, float]]:
     """Bins of equal width of the confidence, from 1/2 to 1; empty ones are left out."""
-    place = np.minimum(((pairs.confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
-    found = accuracies(pairs, {number: place == number for number in range(BINS)})
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))  # the probability of the side that the model takes
+    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     return [
-        {"from": 0.5 + number / (2 * BINS), "confidence": float(pairs.confidence[place == number].mean())} | row
-        for number, row in found.items()
+        {"from": 0.5 + number / (2 * BINS), "confidence": float(confidence[place == number].mean())} | row
+        for number, row in accuracies(margins, {number: place == number for number in range(BINS)}).items()
     ]
 
 
@@ -142,18 +129,18 @@ def expected_calibration_error(bins: Sequence[dict[str, float]]) -> float:
 
 def summarise(pairs: Pairs) -> dict[str, Any]:
     """All figures as plain values."""
-    bins, sources = bins_of(pairs), pairs.sources
-    thirds = np.array_split(np.argsort(np.abs(pairs.margins), kind="stable"), 3)
-    lengths = {name: (pairs.longer >= low) & (pairs.longer < high) for name, (low, high) in LENGTHS.items()}
+    margins, bins, sources = pairs.margins, bins_of(pairs.margins), sorted({*pairs.sources.tolist()} - {""})
+    thirds = np.array_split(np.argsort(np.abs(margins), kind="stable"), 3)
+    lengths = np.digitize(pairs.longer, LENGTH_STARTS)
     return {
-        "pairs": len(pairs.margins),
-        "accuracy": float(pairs.correct.mean()),
-        "loss": float(np.logaddexp(0, -pairs.margins).mean()),
+        "pairs": len(margins),
+        "accuracy": float(wins(margins, 0.0).mean()),
+        "loss": float(np.logaddexp(0, -margins).mean()),
         "expected_calibration_error": expected_calibration_error(bins),
         "bins": bins,
-        "by_margin": accuracies(pairs, dict(zip(("small", "medium", "large"), thirds, strict=True))),
-        "by_length_of_the_better": accuracies(pairs, lengths),
-        "by_sources": accuracies(pairs, {name: sources == name for name in sorted({*sources.tolist()} - {""})}),
+        "by_margin": accuracies(margins, dict(zip(("small", "medium", "large"), thirds, strict=True))),
+        "by_length_of_the_better": accuracies(margins, {name: lengths == i for i, name in enumerate(LENGTHS)}),
+        "by_sources": accuracies(margins, {name: pairs.sources == name for name in sources}),
     }
 
 

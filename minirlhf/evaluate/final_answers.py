@@ -79,10 +79,7 @@ class AnswerKey:
         return cls((r["prompt"], r["response"]) for r in data.load(source, "demonstrations", split=split))
 
     def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        for prompt in prompts:
-            known = prompt in self.answers
-            require(known, f"no known answer to the prompt {prompt!r:.60}; was it cut to fit the model?")
-        return [
-            float(final_answer(response) == self.answers[prompt])
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        strange = next((prompt for prompt in prompts if prompt not in self.answers), None)
+        require(strange is None, f"no known answer to the prompt {strange!r:.60}; was it cut to fit the model?")
+        pairs = zip(prompts, responses, strict=True)
+        return [float(final_answer(response) == self.answers[prompt]) for prompt, response in pairs]

@@ -169,12 +169,8 @@ def find_judge(
         return lambda answers: world_marks(answers.prompts, answers.texts), []
     if ":" in spec and not Path(spec).exists():
         function, where = reward_functions.load(spec, flag="--judge"), f"--judge {spec}"
-
-        def marks(answers: Answers) -> Marks:
-            scores = reward_functions.scores_of(function, answers.prompts, answers.texts, where=where)
-            return {"total": np.array(scores)}
-
-        return marks, []
+        scores_of = reward_functions.scores_of
+        return lambda answers: {"total": np.array(scores_of(function, answers.prompts, answers.texts, where=where))}, []
     scorer = RewardScorer(ModelFolder.find(spec, RewardModel, flag="--judge"), device, micro_batch_tokens)
     return lambda answers: {"total": scorer(answers)}, [scorer.folder]
 
