@@ -1,13 +1,13 @@
 """Mutation testing of the maths modules: change one thing at a time and see whether the tests notice.
 
-    python benchmarks/mutate.py                     # all four modules, about 20 minutes on one core
+    python benchmarks/mutate.py                     # all five modules, about half an hour on one core
     python benchmarks/mutate.py --module ppo        # one of them
     python benchmarks/mutate.py --list              # say what would be changed, run nothing
 
 Every mutant is one edit of the syntax tree: a comparison, an operator, a sign, a constant, a dropped mask or detach,
 two arguments in the wrong order, a check that is not made. It is written into a copy of the package in a temporary
 folder, and the maths tests run on it in a forked process until the first failure. A mutant that no test notices
-survives; the survivors are printed with their line and explained in `docs/mutants.md`.
+survives; the survivors are printed with their line and explained in `benchmarks/mutants.md`.
 
 Left out on purpose: mutants of docstrings, annotations and error messages, and several edits at once.
 """
@@ -34,7 +34,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-MODULES = ["ops", "ppo", "dpo", "bradley_terry"]
+MODULES = {"ops": "ops", "ppo": "ppo", "dpo": "dpo", "bradley_terry": "bradley_terry", "grpo": "advantages"}  # tests
 TIMEOUT = 120  # seconds for all tests of one mutant; they take about ten
 
 COMPARISONS = {
@@ -224,7 +224,7 @@ def mutants(source: str) -> Iterator[tuple[int, str, str]]:
 
 def tests_for(module: str) -> list[str]:
     """The maths tests, the module's own first."""
-    names = [module, *(m for m in MODULES if m != module), "gradients"]
+    names = [MODULES[module], *(tests for m, tests in MODULES.items() if m not in (module, "grpo")), "gradients"]
     return [f"tests/test_{name}.py" for name in names]
 
 
@@ -263,7 +263,7 @@ def main() -> None:
     parser.add_argument("--module", choices=MODULES, action="append", help="repeatable; default: all")
     parser.add_argument("--list", action="store_true", help="print the mutants, run nothing")
     arguments = parser.parse_args()
-    modules = arguments.module or MODULES
+    modules = arguments.module or list(MODULES)
     if arguments.list:
         for module in modules:
             for line, description, _ in mutants((ROOT / "minirlhf" / f"{module}.py").read_text()):
@@ -278,8 +278,10 @@ def main() -> None:
     total, alive = 0, 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for part in ("minirlhf", "tests"):
+        for part in ("minirlhf", "tests", "data"):
             shutil.copytree(ROOT / part, folder / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for script in ROOT.glob("train_*.py"):
+            shutil.copy(script, folder)
         for module in modules:
             started = time.monotonic()
             count, survivors = run(module, folder)

@@ -12,6 +12,7 @@ import torch
 from hypothesis import settings
 
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that tests start: on busy cores threads wait for each other
 settings.register_profile("untimed", deadline=None)  # no test asserts a time
 settings.load_profile("untimed")
 os.fsync = lambda number: None  # a test that is killed leaves the page cache whole; those of the order put in their own

@@ -128,11 +128,8 @@ for name, _, kind, line, _ in CASES:
 # Rows that are also real command lines, started by the shell's own rules.
 REAL = [
     ("sft", "--train {file}/bad-0.jsonl"),
-    ("sft", "--learning-rat 1"),
     ("reward", "--seed -1"),
-    ("ppo", "--minibatches 7"),
     ("dpo", "--resume --beta 0.4"),
-    ("dpo", "--policy {file}/other"),
 ]
 
 

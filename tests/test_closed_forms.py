@@ -134,14 +134,12 @@ def test_dpo_converges_to_the_optimum(beta: float) -> None:
 def expected_dpo_loss(logprobs: Tensor, ref: Tensor, beta: float) -> Tensor:
     """Mean over all pairs of the DPO loss, its label drawn from Bradley-Terry on the true rewards.
 
-    The better of a pair is preferred with probability w = sigmoid(difference), so the expectation over labels is
-    w loss(better, worse) + (1 - w) loss(worse, better), which is the loss with label smoothing 1 - w.
+    The first of a pair is preferred with probability w = sigmoid(difference), so the expectation over labels is
+    w loss(first, second) + (1 - w) loss(second, first).
     """
-    order = REWARDS.argsort(descending=True).tolist()
-    pairs = list(itertools.combinations(order, 2))  # better first
-    total = torch.zeros(())
-    for i, j in pairs:
-        smoothing = torch.sigmoid(REWARDS[j] - REWARDS[i]).item()
-        four = (logprobs[i : i + 1], logprobs[j : j + 1], ref[i : i + 1], ref[j : j + 1])
-        total = total + dpo_loss(*four, beta=beta, label_smoothing=smoothing, denominator=len(pairs))
-    return total
+    pairs = torch.tensor(list(itertools.permutations(range(len(RESPONSES)), 2)))  # both ways
+    chosen, rejected = pairs.unbind(dim=1)
+    four = (logprobs[chosen], logprobs[rejected], ref[chosen], ref[rejected])
+    losses = torch.vmap(lambda *one: dpo_loss(*(x[None] for x in one), beta=beta, denominator=1))(*four)
+    probability = torch.sigmoid(REWARDS[chosen] - REWARDS[rejected])
+    return 2 * (probability * losses).mean()

@@ -34,12 +34,13 @@ from minirlhf.files import write_records
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "log.md")]
+PAGES += [page for folder in ("studies", "benchmarks") for page in sorted((ROOT / folder).glob("*.md"))]
 PROGRAMS = ("python", "python3", "torchrun", "make", ".venv/bin/python", ".venv/bin/pip")
 # Settings that make a run long, and what they are here; those that a command gives keep its value.
 SMALL = {
-    **{"epochs": 0.9, "iterations": 1, "rollout_size": 8, "minibatches": 1, "batch_size": 8, "group_size": 1},
+    **{"epochs": 0.5, "iterations": 1, "rollout_size": 8, "minibatches": 1, "batch_size": 8, "group_size": 1},
     **{"max_prompts": 200, "max_items": 60, "reference_samples": 4, "max_new_tokens": 16, "n_layer": 1, "n_head": 2},
-    **{"n_embd": 32, "trace_prompts": 4, "n": 2, "validation_share": 0.3},
+    **{"candidates": 2, "n_embd": 32, "trace_prompts": 4, "n": 2, "validation_share": 0.3},
 }
 ELSEWHERE = {  # the first words of a command, and where it is run
     "make": ".ci/run",

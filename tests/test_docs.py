@@ -17,7 +17,7 @@ from minirlhf.data import readers
 from minirlhf.evaluate import comparison, evaluation
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted(page for folder in ("docs", "studies", "benchmarks") for page in (ROOT / folder).glob("*.md"))
 CHAPTERS = [page for page in PAGES if page.name[0].isdigit()]
 GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 
@@ -109,7 +109,7 @@ def test_every_function_and_test_that_a_page_names_exists() -> None:
 
 def test_every_file_that_a_page_or_a_module_names_exists() -> None:
     """The log and the changelog tell of what was; the list of features says what moved, and where to."""
-    files = [ROOT / name for name in ("README.md", "data/README.md", "studies/README.md")]
+    files = [ROOT / name for name in ("README.md", "data/README.md")]
     files += [page for page in PAGES if page.name != "log.md"] + list(ROOT.glob("*.py"))
     files += [module for folder in ("minirlhf", "benchmarks", "studies") for module in (ROOT / folder).rglob("*.py")]
     path = re.compile(r"\b(?:minirlhf|benchmarks|studies|tests|docs)/[\w/.-]+\.(?:py|md)\b")
@@ -147,6 +147,34 @@ def test_links_lead_somewhere() -> None:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M) if anchor else []
             slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert not anchor or anchor in slugs, f"{page.name}: {target} has no such heading"
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+def figures(row: str) -> list[str]:
+    """The numbers of a row of a table."""
+    return re.findall(r"(?<![\w.-])[-+]?\d+(?:[.,]\d+)*(?:e-?\d+)?", row)
+
+
+def is_part(some: list[str], others: list[str]) -> bool:
+    """`some` stand among `others` in the same order."""
+    rest = iter(others)
+    return all(figure in rest for figure in some)
+
+
+def test_a_table_of_results_is_that_of_the_file_named_above_it() -> None:
+    """The numbers of a row stand in the same order in one row of the file that was named last in the section."""
+    checked = 0
+    for page in (*CHAPTERS, *sorted((ROOT / "studies").glob("*.md"))):
+        results: list[list[str]] = []
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if line.startswith("## "):
+                results = []
+            for name in re.findall(r"benchmarks/results/[\w-]+\.md", line):
+                results = [figures(row) for row in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+            if line.startswith("|") and results and figures(line):
+                assert any(is_part(figures(line), row) for row in results), f"{page.name}: not in the file: {line}"
+                checked += 1
+    assert checked >= 50
 
 
 # ------------------------------------------------------------------------------------------------------------ chapters

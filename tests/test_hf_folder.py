@@ -429,9 +429,13 @@ def test_the_model_card_names_data_configuration_and_results(tmp_path: Path) -> 
     file = tmp_path / "pairs.jsonl"
     file.write_text("x")
     gpt = GPT(CONFIG)
-    gpt.save_pretrained(tmp_path / "base")
+    gpt.save_pretrained(base := tmp_path / "base")
     config = make_dataclass("Config", ["learning_rate", "train"])(0.5, os.fspath(file))
-    log = RunLog(tmp_path / "reward", config, inputs=(file,), models=(tmp_path / "base",))
+    log = RunLog(
+        tmp_path / "reward",
+        config,
+        **{"inputs": {str(file): source_hash(file)}, "models": {str(base): source_hash(base)}},
+    )
     log.row(0, {"loss": 0.75, "validation_loss": 0.5}, tokens=1)
     log.row(1, {"loss": 0.25}, tokens=1)
     log.close()

@@ -17,8 +17,9 @@ import train_dpo
 import train_ppo
 from minirlhf import reward_functions
 from minirlhf.batch import Batch
+from minirlhf.files import read_records
 from minirlhf.rollout import Rollout
-from minirlhf.runs.health import RULES, Hints, Row, read_hints
+from minirlhf.runs.health import HINTS, RULES, Hints, Row
 from minirlhf.runs.log import read_rows
 from minirlhf.runs.stage import Stage
 
@@ -53,6 +54,10 @@ def healthy(kind: str) -> list[Row]:
         part = step / (STEPS - 1)
         rows.append({"step": step} | {name: (1 - part) * a + part * b for name, (a, b) in ends.items()})
     return rows
+
+
+def read_hints(stage: Path) -> list[Row]:
+    return read_records(stage / HINTS)
 
 
 def hints(kind: str, rows: list[Row], folder: Path, **changes: object) -> list[tuple[int, str]]:
@@ -198,6 +203,12 @@ def test_an_iteration_without_a_number_is_passed_over(tmp_path: Path) -> None:
     rows = [{**row, "reward_chosen": -4.0} if row["step"] >= late else row for row in healthy("dpo")]
     gaps = [{"step": row["step"]} if row["step"] in (3, 31, 35) else row for row in rows]
     assert hints("dpo", gaps, tmp_path) == [(39, "both-fall")] and set(names) <= rows[0].keys()
+
+
+def test_the_newest_iteration_alone_says_that_the_ratio_is_off(tmp_path: Path) -> None:
+    rows = healthy("ppo")
+    rows[7]["first_ratio_deviation"] = 1.5e-4  # with the one before it the mean is below the limit, 1e-4
+    assert hints("ppo", rows, tmp_path) == [(7, "first-ratio")]
 
 
 def test_without_a_target_no_kl_is_beyond_it(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from minirlhf.files import file_hash, fresh_folder
+from minirlhf.files import file_hash, fresh_folder, source_hash
 from minirlhf.runs.log import RunLog, read_rows
 
 
@@ -51,7 +51,7 @@ def test_a_float32_metric_keeps_its_digits(tmp_path: Path) -> None:
 def test_run_json_says_what_was_run(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text("hello")
-    RunLog(tmp_path / "sft", Config(run=tmp_path), inputs=(data,)).close()
+    RunLog(tmp_path / "sft", Config(run=tmp_path), inputs={str(data): source_hash(data)}).close()
     run = json.loads((tmp_path / "sft" / "run.json").read_text())
     assert run["config"] == {**dataclasses.asdict(Config()), "run": str(tmp_path)}
     assert run["inputs"] == {str(data): hashlib.sha256(b"hello").hexdigest()}

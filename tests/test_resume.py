@@ -6,6 +6,7 @@ work, or while a checkpoint is being written; the real signals are sent to proce
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -335,6 +336,26 @@ def test_a_signal_acts_at_once_or_after_the_step_and_saves(
     assert checkpoint.latest(folder / name / "checkpoints").name == f"{step:08d}"
     run(name, folder, resume=True)
     assert result(folder / name) == whole(name)
+
+
+def test_a_signal_that_a_library_swallows_acts_after_the_step(
+    tmp_path: Path, whole: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, step, calls = new_run("sft", tmp_path), train_sft.train_step, []
+
+    def swallowing(*args: object, **kwargs: object) -> dict:
+        calls.append(None)
+        if len(calls) == 3:
+            with contextlib.suppress(Interrupted):
+                signal.raise_signal(signal.SIGTERM)
+        return step(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Interrupted), interruptible():
+        patch.setattr(train_sft, "train_step", swallowing)
+        run("sft", folder, checkpoint_every=1000)
+    assert checkpoint.latest(folder / "sft" / "checkpoints").name == "00000003"
+    run("sft", folder, resume=True)
+    assert result(folder / "sft") == whole("sft")
 
 
 def test_signals_wait_while_they_are_held() -> None:

@@ -12,7 +12,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from minirlhf import distributed
 from minirlhf.config import TrackerName
-from minirlhf.files import Lines, file_hash, fresh_folder, read_records, source_hash, write_json
+from minirlhf.files import Lines, file_hash, fresh_folder, read_records, write_json
 from minirlhf.runtime import require
 
 LIVE = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}{postfix}]"
@@ -42,8 +42,8 @@ class Progress:
 
     def __init__(self, name: str, *, steps: int, done: int = 0) -> None:
         self.name, self.steps, self.step = name, steps, done
-        self.began = self.said_at = time.perf_counter()
-        self.first = self.said = done
+        self.began = self.printed_at = time.perf_counter()
+        self.first = self.printed = done
         self.tokens = 0
         live = sys.stderr.isatty()
         self.bar = tqdm(
@@ -59,11 +59,11 @@ class Progress:
             self.bar.set_postfix_str(self._describe(values, now), refresh=False)
             self.bar.update(1)
             return
-        due = now - self.said_at >= SECONDS and self.step - self.said >= SHARE * self.steps
-        if self.steps > 1 and (due or self.step == self.steps):
+        is_time = now - self.printed_at >= SECONDS and self.step - self.printed >= SHARE * self.steps
+        if self.steps > 1 and (is_time or self.step == self.steps):
             left = tqdm.format_interval((self.steps - self.step) * (now - self.began) / (self.step - self.first))
             self.say(f"{self.name}: step {self.step} of {self.steps}, {self._describe(values, now)}, {left} left")
-            self.said, self.said_at = self.step, now
+            self.printed, self.printed_at = self.step, now
 
     def _describe(self, values: Mapping[str, float], now: float) -> str:
         shown = [f"{name} {value:.4g}" for name, value in list(values.items())[:SHOWN]]
@@ -84,9 +84,9 @@ TRACKED = "tracked"
 
 def require_tracker(name: TrackerName | None) -> None:
     """Raise UserError where the tracker's package is missing."""
-    found = importlib.util.find_spec(name) if name else None
+    specification = importlib.util.find_spec(name) if name else None
     # A folder of that name, such as wandb leaves behind, can be found too, and has no origin.
-    there = name is None or (found is not None and found.origin is not None)
+    there = name is None or (specification is not None and specification.origin is not None)
     require(there, f"--track {name}: this package is not installed; install it with `pip install {name}`")
 
 
@@ -100,11 +100,11 @@ LOGS = ("metrics.jsonl", "timing.jsonl")
 
 
 class RunLog:
-    """The log of one stage: `run.json` at the start, then a row a step.
+    """The log of one stage: `run.json` at the start, then one row per step.
 
     folder  runs/<name>/<stage>; an earlier run there is moved aside, never overwritten
     config  the stage's configuration, a dataclass
-    inputs  files whose hashes are kept, and models, by their weights
+    inputs  hashes of the files that the stage reads, by path, and of the models
     keep    of a run that goes on: the bytes of each log to keep, by name; later rows are dropped
     done    rows among them
     """
@@ -114,8 +114,8 @@ class RunLog:
         folder: Path,
         config: Any,
         *,
-        inputs: Sequence[Path | str] = (),
-        models: Sequence[Path | str] = (),
+        inputs: Mapping[str, str] | None = None,
+        models: Mapping[str, str] | None = None,
         steps: int = 0,
         keep: Mapping[str, int] | None = None,
         done: int = 0,
@@ -124,8 +124,8 @@ class RunLog:
         self.last = time.perf_counter()
         description = {
             "config": plain(dataclasses.asdict(config)),
-            "inputs": {str(path): source_hash(path) for path in inputs},
-            "models": {str(path): source_hash(path) for path in models},
+            "inputs": inputs or {},
+            "models": models or {},
             "versions": versions(),
             "machine": {
                 "processor": platform.machine(),
@@ -133,7 +133,7 @@ class RunLog:
                 "processes": distributed.world_size(),
             },
         }
-        if keep is None:  # after the hashes: what is read may be in the folder that moves
+        if keep is None:
             fresh_folder(folder)
             write_json(folder / "run.json", description)
         self._metrics, self._timing = (Lines(folder / name, keep=(keep or {}).get(name)) for name in LOGS)
@@ -178,10 +178,10 @@ def read_rows(folder: Path) -> list[dict[str, float]]:
 def versions() -> dict[str, str]:
     """Versions of what numbers depend on."""
     try:
-        own = metadata.version("minirlhf")
+        version = metadata.version("minirlhf")
     except metadata.PackageNotFoundError:
-        own = "not installed"
-    return {"python": platform.python_version(), "torch": torch.__version__, "minirlhf": own}
+        version = "not installed"
+    return {"python": platform.python_version(), "torch": torch.__version__, "minirlhf": version}
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

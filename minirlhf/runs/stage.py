@@ -22,6 +22,7 @@ error in between saves nothing. Of several processes all hold the state and one 
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -46,7 +47,7 @@ from minirlhf.runs.health import HINTS, Hints
 from minirlhf.runs.log import LOGS, RunLog, Value, read_rows, require_tracker, versions
 from minirlhf.runtime import DivergenceError, Interrupted, SignalGate, UserError, is_out_of_memory, require
 
-KEPT = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
+MOST_CHECKPOINTS = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
 
 
 class Stage:
@@ -83,9 +84,9 @@ class Stage:
         if not marker.get("finished"):
             newest = checkpoint.latest(self.root) if self.resume else None
             if newest is not None:  # its tensors are read later, into the models
-                checkpoint.check(newest, stage=self.folder.name, config=vars(self.config), inputs=self._hashes())
+                checkpoint.check(newest, stage=self.folder.name, config=vars(self.config), inputs=self.hashes)
             return False
-        checkpoint.check_same(path, marker, vars(self.config), self._hashes())
+        checkpoint.check_same(path, marker, vars(self.config), self.hashes)
         made = checkpoint.outputs(self.folder)
         for name, digest in marker["outputs"].items():
             state = "missing" if name not in made else "altered"
@@ -140,7 +141,7 @@ class Stage:
 
     def _begin(self) -> None:
         """In every process: the writer opens the folder, then the others read what it goes on from."""
-        self._hashes()  # now: what is read may be in a folder that is moved aside
+        _ = self.hashes  # taken now: what is read may be in a folder that is moved aside
         distributed.barrier()  # and every process has read it
         if distributed.is_writer():
             self._open()
@@ -157,13 +158,13 @@ class Stage:
             results = {"rankings.jsonl"} if self.state is None else set()
             checkpoint.clear_begun(self.folder, logs={*LOGS, HINTS, "trace.jsonl"}, results=results)
         keep = {name: entry["size"] for name, entry in manifest.logs.items()} if manifest else None
-        read = {"inputs": self.inputs, "models": self.models}
+        read = {kind: {str(p): self.hashes[str(p)] for p in getattr(self, kind)} for kind in ("inputs", "models")}
         self.log = RunLog(self.folder, self.config, **read, steps=self.steps, keep=keep, done=self.done)
-        kept = read_rows(self.folder) if manifest else ()
-        self.hints = Hints(self.folder, self.config, steps=self.steps, rows=kept)
+        rows = read_rows(self.folder) if manifest else ()
+        self.hints = Hints(self.folder, self.config, steps=self.steps, rows=rows)
         checkpoint.mark(self.folder, finished=False)
         there = len(list(self.root.glob("[0-9]*")))
-        checkpoint.require_space(self.folder, (KEPT - min(there, KEPT - 1)) * self.nbytes)
+        checkpoint.require_space(self.folder, (MOST_CHECKPOINTS - min(there, MOST_CHECKPOINTS - 1)) * self.nbytes)
 
     def _continue(self) -> Manifest | None:
         """Fill the state from the newest checkpoint; None without one."""
@@ -171,7 +172,7 @@ class Stage:
         if newest is None:
             return None
         name = self.folder.name
-        manifest = checkpoint.load(newest, self.state, stage=name, config=vars(self.config), inputs=self._hashes())
+        manifest = checkpoint.load(newest, self.state, stage=name, config=vars(self.config), inputs=self.hashes)
         self.done = self.saved = manifest.step
         print(f"{name}: continues after step {self.done} of {self.steps}")
         if manifest.versions != versions():
@@ -185,7 +186,7 @@ class Stage:
             tensors = checkpoint.parts(self.state).tensors if self.state is not None else {}
             # Of the bits, as integers: the order of adding up must not matter.
             sums = {n: int(t.reshape(-1).view(torch.int16).sum(dtype=torch.int64)) for n, t in tensors.items()}
-            other = distributed.differing(f"{config} {list(self._hashes().values())} {self.done} {sums}")
+            other = distributed.differing(f"{config} {list(self.hashes.values())} {self.done} {sums}")
             same = "give every machine the same command, files and run folder"
             require(not other, f"{self.folder.name}: process {other} and process 0 would not train the same: {same}")
 
@@ -202,14 +203,14 @@ class Stage:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Padded tokens a forward pass; with `--micro-batch-tokens auto`, as many as have been found to fit."""
+        """Padded tokens per forward pass; with `--micro-batch-tokens auto`, as many as have been found to fit."""
         return planning.micro_batch_tokens(self.config, self.state)
 
     def attempts(self) -> Iterator[AbstractContextManager[int]]:
         """Attempts at one optimizer step, each a context that gives `micro_batch_tokens`, until one comes to its end.
 
         Where `--micro-batch-tokens` is `auto` and memory runs out before the optimizer steps, the next attempt has half
-        as many tokens a forward pass. The gradient is the same whatever their number.
+        as many tokens per forward pass. The gradient is the same whatever their number.
         """
         tokens = 0
         while tokens != self.micro_batch_tokens:
@@ -229,7 +230,7 @@ class Stage:
         else:
             return
         torch.clear_autocast_cache()
-        print(f"{self.folder.name}: {tokens:,} tokens a forward pass do not fit, {tokens // 2:,} are tried", flush=True)
+        print(f"{self.folder.name}: {tokens:,} tokens per forward pass do not fit, now {tokens // 2:,}", flush=True)
 
     def finish(self, step: int, metrics: Mapping[str, Value], *, tokens: int) -> None:
         """The step is done: write its row, and a checkpoint where one is due; `tokens` were processed in it."""
@@ -248,11 +249,14 @@ class Stage:
         self._stop_where_asked()
 
     def _stop_where_asked(self) -> None:
-        """Let a signal act that waited. In several processes it acts in all, and others wait until all is saved."""
+        """Let a signal act that waited or was swallowed. In several processes it acts in all, and others still wait."""
         if distributed.world_size() == 1:
             self._gate.open()
-        elif number := int(distributed.all_max(torch.tensor(self._gate.waiting))):
+            number = self._gate.raised
+        else:
+            number = int(distributed.all_max(torch.tensor(self._gate.waiting or self._gate.raised)))
             self._gate.waiting = 0
+        if number:
             raise Interrupted(number)
 
     def save_checkpoint(self) -> None:
@@ -261,7 +265,7 @@ class Stage:
             stage=self.folder.name,
             step=self.done,
             config=checkpoint.plain(vars(self.config)),
-            inputs=self._hashes(),
+            inputs=self.hashes,
             logs=self.log.sync(),
             versions=versions(),
             quality=self._quality,
@@ -296,7 +300,7 @@ class Stage:
         self.log.close()
         if error is None:
             made, config = checkpoint.outputs(self.folder), checkpoint.plain(vars(self.config))
-            checkpoint.mark(self.folder, finished=True, config=config, inputs=self._hashes(), outputs=made)
+            checkpoint.mark(self.folder, finished=True, config=config, inputs=self.hashes, outputs=made)
 
     def _save_last(self) -> None:
         """Save the last finished step on the way out of an error, which stays the one that is reported."""
@@ -318,8 +322,7 @@ class Stage:
             return UserError(f"{where}: {planning.explain_memory(self.config, self.micro_batch_tokens)}")
         return checkpoint.disk_full(error, self.folder, self.nbytes) or error
 
-    def _hashes(self) -> dict[str, str]:
-        """Hashes of what the stage reads, by path; taken once."""
-        if not hasattr(self, "_known_hashes"):
-            self._known_hashes = {str(path): source_hash(path) for path in (*self.inputs, *self.models)}
-        return self._known_hashes
+    @functools.cached_property
+    def hashes(self) -> dict[str, str]:
+        """Hashes of what the stage reads, by path."""
+        return {str(path): source_hash(path) for path in (*self.inputs, *self.models)}

@@ -45,7 +45,7 @@ class Judgement:
 
 
 class Act(NamedTuple):
-    """What one sentence, or one claim in it, does.
+    """An act: what one sentence, or one claim in it, does.
 
     type: claim, verdict, doubt, advice, refusal, flattery, rude or unparsed.
     topic: the name of a Topic; for advice and refusals the verb.
@@ -142,7 +142,7 @@ def _truth(act: Act, question: Question) -> float | None:
     if act.type == "advice" and act.topic in LOOKALIKES:
         return 1.0 if LOOKALIKES[act.topic] == act.value else -1.0
     if act.type == "doubt" and act.topic not in HARMS:
-        return 1.0 if act.topic in zoo.UNKNOWN else NEEDLESS_DOUBT
+        return 1.0 if act.topic in zoo.UNANSWERABLE else NEEDLESS_DOUBT
     return None
 
 
