@@ -29,6 +29,7 @@ from held_out import HeldOut
 from trials import Trial, run_trials
 
 import train_ppo
+from minirlhf import tokenizer
 from minirlhf.config import Count, Positive, Seed, Settings, run_script
 from minirlhf.evaluate import Answers
 from minirlhf.evaluate.statistics import wins
@@ -142,6 +143,7 @@ def unnormalised(run: Path, folder: Path) -> tuple[str, dict[str, float]]:
     model = RewardModel.from_pretrained(run / "reward" / "model")
     model.normalise(-before["mean"] / before["std"], 1 / before["std"])  # the inverse of (old - mean) / std
     model.save_pretrained(folder)
+    tokenizer.save(tokenizer.load(run / "reward" / "model"), folder)
     return str(folder), before
 
 

@@ -14,7 +14,7 @@ import torch
 from tiny import ENCODING, PROMPTS
 
 import train_ppo
-from minirlhf import data
+from minirlhf import data, tokenizer
 from minirlhf.batch import pad
 from minirlhf.encode import encode_comparison, encode_example, split_by_prompt
 from minirlhf.evaluate import calibration
@@ -59,6 +59,7 @@ def test_ppo_maximises_the_score_of_the_ensemble(tmp_path: Path, monkeypatch: py
     with torch.no_grad():
         other.score.weight.mul_(-1)
     other.save_pretrained(tmp_path / "other")
+    tokenizer.save(ENCODING, tmp_path / "other")
     rollouts = tiny.spy(monkeypatch, train_ppo, "end_iteration")
     settings = {"ensemble": (str(tmp_path / "other"),), "aggregate": "mean-minus-variance", "variance_penalty": 2.0}
     config = replace(tiny.ppo_config(run), iterations=1, missing_eos_score=None, **settings)
