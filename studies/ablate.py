@@ -25,13 +25,14 @@ from typing import Any, Literal
 import numpy as np
 import project  # noqa: F401  first: it finds the package
 from ablation_report import CURVES, HELD_OUT, WHOLE, Done, Figures, plot, report, write_csv
+from held_out import HeldOut
 from trials import Trial, run_trials
 
 import train_ppo
-from minirlhf import data, tokenizer
+from minirlhf import tokenizer
 from minirlhf.config import Count, Positive, Seed, Settings, run_script
-from minirlhf.evaluate import evaluation
-from minirlhf.model import GPT
+from minirlhf.evaluate import Answers
+from minirlhf.evaluate.statistics import wins
 from minirlhf.reward import RewardModel
 from minirlhf.runs.log import read_rows, versions
 from minirlhf.runtime import require
@@ -102,15 +103,15 @@ def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     scale = {"mean": 0.0, "std": 1.0}
     if changes.get("reward_model") == AS_TRAINED:
         changes["reward_model"], scale = unnormalised(run, folder / "reward-as-trained")
-    evaluator = held_out(run, settings["prompts"], settings["seed"])
-    start = evaluator.measure(evaluator.sample(evaluator.sft))
+    evaluator = HeldOut(run, settings["prompts"], settings["seed"])
+    start = evaluator.measured(evaluator.sft)
     measured = {0: each_prompt(start, start)}
     answers: list[str] = []
 
     def observe(state: train_ppo.State, *_: object) -> None:
         due = state.iteration % settings["every"] == 0 or state.iteration == settings["iterations"]
         if state.iteration and due:
-            now = evaluator.measure(evaluator.sample(state.policy))
+            now = evaluator.measured(state.policy)
             measured[state.iteration] = each_prompt(now, start)
             answers[:] = now.texts[:ANSWERS]
 
@@ -127,21 +128,10 @@ def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"curves": curves, "held_out": means, "end": measured[settings["iterations"]], "answers": answers}
 
 
-def held_out(run: Path, prompts: int, seed: int) -> evaluation.Evaluator:
-    """The run's SFT model and its normalised reward model on the first held-out prompts."""
-    config = evaluation.Config(run=run, max_prompts=prompts, seed=seed, device="cpu")
-    texts = [record["prompt"] for record in data.load(config.prompts, "prompts")][:prompts]
-    sft = GPT.from_pretrained(run / "sft" / "model").eval().requires_grad_(False)
-    reward_model = RewardModel.from_pretrained(run / "reward" / "model").eval().requires_grad_(False)
-    encoding = tokenizer.load(run / "sft" / "model")
-    return evaluation.Evaluator(sft, reward_model, encoding, texts, config, evaluation.judge_parts)
-
-
-def each_prompt(answers: evaluation.Answers, start: evaluation.Answers) -> dict[str, list[float]]:
+def each_prompt(answers: Answers, start: Answers) -> dict[str, list[float]]:
     """What was measured of the answer to each prompt; a win is one over the SFT model's answer, ties half."""
-    judge = answers.parts[:, 0]
-    wins = evaluation.wins(judge, start.parts[:, 0])
-    each = (judge, wins, answers.kl, answers.reward, answers.lengths)
+    won = wins(answers["total"], start["total"])
+    each = (answers["total"], won, answers["kl"], answers["reward"], answers["length"])
     return {name: values.astype(float).round(4).tolist() for name, values in zip(HELD_OUT, each, strict=True)}
 
 
@@ -153,6 +143,7 @@ def unnormalised(run: Path, folder: Path) -> tuple[str, dict[str, float]]:
     model = RewardModel.from_pretrained(run / "reward" / "model")
     model.normalise(-before["mean"] / before["std"], 1 / before["std"])  # the inverse of (old - mean) / std
     model.save_pretrained(folder)
+    tokenizer.save(tokenizer.load(run / "reward" / "model"), folder)
     return str(folder), before
 
 

@@ -56,7 +56,7 @@ TUNED = {  # group sizes and learning rates that --tune tries, at beta 0.1
 def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Train a method at one strength, or at all of `ONCE`'s, and measure: `points`, with figures of every prompt."""
     run, method = Path(settings["run"]), settings["method"]
-    known = held_out.evaluator(run, settings["prompts"], settings["seed"], part=settings["part"])
+    known = held_out.HeldOut(run, settings["prompts"], settings["seed"], part=settings["part"])
     if method == "best-of-n":
         return {"points": best_of_n(known, settings["samples"])}
     if method == "rejection sampling":
@@ -64,13 +64,14 @@ def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"points": [measure(known, str(settings["beta"]), train(folder, settings))]}
 
 
-def measure(known: evaluation.Evaluator, strength: str, model: Path) -> dict[str, Any]:
+def measure(known: held_out.HeldOut, strength: str, model: Path) -> dict[str, Any]:
     """One answer of the model to each held-out prompt."""
-    answers = known.measure(known.sample(GPT.from_pretrained(model).eval().requires_grad_(False)))
-    return point(strength, answers.kl, answers.parts, reward=answers.reward, length=answers.lengths)
+    answers = known.measured(GPT.from_pretrained(model).eval().requires_grad_(False))
+    parts = np.stack([answers[part] for part in evaluation.PARTS], axis=1)
+    return point(strength, answers["kl"], parts, reward=answers["reward"], length=answers["length"])
 
 
-def best_of_n(known: evaluation.Evaluator, samples: int) -> list[dict[str, Any]]:
+def best_of_n(known: held_out.HeldOut, samples: int) -> list[dict[str, Any]]:
     """n = 1 (the SFT model), 2, 4, ... up to `samples`, all from one set of samples."""
     drawn = held_out.draw(known, samples)
     scores = drawn.scores(known.reward_model)

@@ -9,30 +9,54 @@ import numpy as np
 import project  # noqa: F401  first: it finds the package
 import torch
 
-from minirlhf import data, tokenizer
+from minirlhf import data
 from minirlhf.batch import Batch, over_micro_batches
 from minirlhf.evaluate import evaluation
+from minirlhf.evaluate.evaluation import Evaluator
+from minirlhf.evaluate.judges import Answers, ModelFolder, world_marks
 from minirlhf.model import GPT
 from minirlhf.rejection import best_of_n_mean
-from minirlhf.reward import RewardModel
+from minirlhf.reward import RewardEnsemble, RewardModel
 from minirlhf.runtime import project_file
-from minirlhf.tokenizer import response_text
 
 MICRO_BATCH_TOKENS = 8192
+AnyRewardModel = RewardModel | RewardEnsemble
 
 
-def evaluator(
-    run: Path, prompts: int, seed: int, *, reward_model: torch.nn.Module | None = None, part: str = "test"
-) -> evaluation.Evaluator:
-    """A run's models on the first `prompts` of a part of the world, by its reward model or another."""
-    file = project_file("world", f"prompts.{part}.jsonl")
-    config = evaluation.Config(run=run, prompts=file, max_prompts=prompts, seed=seed, device="cpu")
-    texts = [record["prompt"] for record in data.load(file, "prompts")][:prompts]
-    sft = GPT.from_pretrained(run / "sft" / "model").eval().requires_grad_(False)
-    if reward_model is None:
-        reward_model = RewardModel.from_pretrained(run / "reward" / "model").eval().requires_grad_(False)
-    encoding = tokenizer.load(run / "sft" / "model")
-    return evaluation.Evaluator(sft, reward_model, encoding, texts, config, evaluation.judge_parts)
+def scores(reward_model: AnyRewardModel, batch: Batch) -> np.ndarray:
+    """(B,) of a reward model."""
+    return over_micro_batches(lambda b: reward_model(b.tokens, b.lengths), batch, MICRO_BATCH_TOKENS).numpy()
+
+
+class HeldOut(Evaluator):
+    """Held-out prompts of the embedded world: its judge, a run's reward model or another, the KL to its SFT model."""
+
+    def __init__(
+        self, run: Path, prompts: int, seed: int, *, reward_model: AnyRewardModel | None = None, part: str = "test"
+    ) -> None:
+        file = project_file("world", f"prompts.{part}.jsonl")
+        config = evaluation.Config(run=run, prompts=file, max_prompts=prompts, seed=seed, device="cpu")
+        texts = [record["prompt"] for record in data.load(file, "prompts")][:prompts]
+        sft = ModelFolder.find(str(run / "sft"), GPT)
+        proxy = None if reward_model else ModelFolder.find(str(run / "reward"), RewardModel)
+        super().__init__(config, texts, [sft], judge="world", reward_model=proxy, reference=sft)
+        self.sft, self.encoding = self.reference, sft.encoding
+        if reward_model:
+            self.reward = lambda answers: scores(reward_model, answers.samples)
+        self.reward_model = reward_model or self.reward.model
+
+    def drawn(self, count: int) -> Answers:
+        """`count` answers of the SFT model to each prompt."""
+        return self.sample(self.sft, self.encoding, count=count)
+
+    def measured(self, model: GPT) -> Answers:
+        """One answer of a model to each prompt, with all figures."""
+        return self.measure(self.sample(model, self.encoding))
+
+    def reward_model_agreement(self, count: int = 4) -> dict[str, float]:
+        """How often the reward model orders two answers of the SFT model, of `count` to a prompt, as the judge does."""
+        answers = self.drawn(count)
+        return self.agreement(answers, self.reward(answers), count)
 
 
 @dataclass(frozen=True)
@@ -52,10 +76,9 @@ class Drawn:
         """(U,) tokens of the answers."""
         return (self.batch.lengths - self.batch.prompt_lengths).numpy().astype(float)
 
-    def scores(self, reward_model: torch.nn.Module) -> np.ndarray:
+    def scores(self, reward_model: AnyRewardModel) -> np.ndarray:
         """(U,) of a reward model."""
-        found = over_micro_batches(lambda b: reward_model(b.tokens, b.lengths), self.batch, MICRO_BATCH_TOKENS)
-        return found.double().numpy()
+        return scores(reward_model, self.batch).astype(np.float64)
 
     def best_of(self, n: int, scores: np.ndarray, values: np.ndarray) -> np.ndarray:
         """(P,) what the best of n by `scores` is worth in `values`, (U,) both, without bias."""
@@ -79,13 +102,12 @@ class Drawn:
         return cls(Batch(*rows), kept["place"], kept["parts"])
 
 
-def draw(known: evaluation.Evaluator, count: int) -> Drawn:
+def draw(known: HeldOut, count: int) -> Drawn:
     """`count` answers of the SFT model to each held-out prompt."""
-    samples = known.sample(known.sft, candidates=count)
+    answers = known.drawn(count)
+    samples = answers.samples
     _, first, place = np.unique(samples.tokens.numpy(), axis=0, return_index=True, return_inverse=True)
     rows = torch.from_numpy(first)
     batch = Batch(samples.tokens[rows], samples.prompt_lengths[rows], samples.lengths[rows])
-    texts = [response_text(known.encoding, ids) for ids in batch.response_ids()]
-    asked = [known.prompts[row // count] for row in first.tolist()]
-    parts = [known.judge_parts(prompt, text) for prompt, text in zip(asked, texts, strict=True)]
-    return Drawn(batch, place.reshape(len(known.prompts), count), np.array(parts))
+    marks = world_marks(*([texts[i] for i in first] for texts in (answers.prompts, answers.texts)))
+    return Drawn(batch, place.reshape(len(known.prompts), count), np.stack(list(marks.values()), axis=1))

@@ -25,14 +25,14 @@ from typing import Any
 import numpy as np
 import project  # noqa: F401  first: it finds the package
 import torch
+from held_out import HeldOut
 from trials import Trial, run_trials
 
 import train_sft
-from minirlhf import data, rejection, tokenizer
-from minirlhf.evaluate import evaluation
-from minirlhf.evaluate.statistics import bootstrap_interval
+from minirlhf import data, rejection
+from minirlhf.evaluate import bootstrap_interval
+from minirlhf.evaluate.judges import PARTS
 from minirlhf.model import GPT
-from minirlhf.reward import RewardModel
 
 CHOICES = ("best", "random")
 FIELDS = (
@@ -51,20 +51,10 @@ FIELDS = (
 )
 
 
-def held_out(run: Path, prompts: int, seed: int) -> evaluation.Evaluator:
-    """The evaluation of a run on the first `prompts` held-out prompts."""
-    config = evaluation.Config(run=run, max_prompts=prompts, seed=seed)
-    texts = [record["prompt"] for record in data.load(config.prompts, "prompts")][:prompts]
-    sft = GPT.from_pretrained(run / "sft" / "model").eval().requires_grad_(False)
-    reward_model = RewardModel.from_pretrained(run / "reward" / "model").eval().requires_grad_(False)
-    encoding = tokenizer.load(run / "sft" / "model")
-    return evaluation.Evaluator(sft, reward_model, encoding, texts, config, evaluation.judge_parts)
-
-
 def iterate(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """One seed and choice: a row before the first iteration and after each, and what the judge gave each answer."""
     base, seed, choice = Path(settings["run"]), settings["seed"], settings["choice"]
-    evaluator = held_out(base, settings["held_out"], seed)
+    evaluator = HeldOut(base, settings["held_out"], seed)
     prompts = len(data.load(rejection.Config.prompts, "prompts"))
     third = -(-prompts // settings["iterations"])
     policy, rows, judged = base / "sft" / "model", [], []
@@ -72,14 +62,13 @@ def iterate(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
         if iteration:
             part = f"[{(iteration - 1) * third}:{min(iteration * third, prompts)}]"
             policy = improve(folder, iteration, policy, part, settings)
-        model = GPT.from_pretrained(policy).eval().requires_grad_(False)
-        answers = evaluator.measure(evaluator.sample(model))
-        total, *parts = answers.parts.mean(axis=0)
-        low, high = bootstrap_interval(answers.parts[:, 0], seed=seed)
-        measured = (total, low, high, *parts, answers.kl.mean(), answers.lengths.mean(), answers.reward.mean())
+        answers = evaluator.measured(GPT.from_pretrained(policy).eval().requires_grad_(False))
+        low, high = bootstrap_interval(answers["total"], seed=seed)
+        total, *rest = (answers[name].mean() for name in (*PARTS, "kl", "length", "reward"))
+        measured = (total, low, high, *rest)
         numbers = [round(float(number), 4) for number in measured]
         rows.append(dict(zip(FIELDS, (seed, choice, iteration, *numbers), strict=True)))
-        judged.append([round(float(value), 6) for value in answers.parts[:, 0]])
+        judged.append([round(float(value), 6) for value in answers["total"]])
     return {"rows": rows, "judged": judged}
 
 

@@ -30,15 +30,14 @@ from typing import Any, Literal
 
 import numpy as np
 import project  # noqa: F401  first: it finds the package
+from held_out import HeldOut
 from real import circumstances
 from trials import Trial, run_trials
 
 import train_reward
-from minirlhf import data, tokenizer
-from minirlhf.evaluate import evaluation
+from minirlhf import data
 from minirlhf.feedback import machine
 from minirlhf.feedback.tasks import Mode
-from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 
 COUNTS, NOISES, PROMPTS = (100, 400, 1600, 6400), (0.1, 0.2, 0.3), (100, 400, 1600)
@@ -74,14 +73,8 @@ def cases(counts: tuple[int, ...], noises: tuple[float, ...], prompts: tuple[int
 
 def agreement(run: Path, reward_model: Path, prompts: int, seed: int) -> dict[str, float]:
     """How often a reward model orders four answers of the run's SFT model to held-out prompts as the judge does."""
-    config = evaluation.Config(run=run, max_prompts=prompts, seed=seed, device="cpu")
-    texts = [record["prompt"] for record in data.load(config.prompts, "prompts")][:prompts]
-    folder = run / "sft" / "model"
-    sft = GPT.from_pretrained(folder).eval().requires_grad_(False)
     model = RewardModel.from_pretrained(reward_model).eval().requires_grad_(False)
-    evaluator = evaluation.Evaluator(sft, model, tokenizer.load(folder), texts, config, evaluation.judge_parts)
-    samples = evaluator.sample(sft, candidates=4)
-    return evaluator.agreement(samples, evaluator.reward(samples), candidates=4)
+    return HeldOut(run, prompts, seed, reward_model=model).reward_model_agreement()
 
 
 def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:

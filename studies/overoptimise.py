@@ -72,7 +72,7 @@ CASES = (
 def sample(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Answers of the SFT model to the held-out prompts, judged; `samples.npz`."""
     drawn = held_out.draw(
-        held_out.evaluator(Path(settings["run"]), settings["prompts"], settings["seed"]), settings["samples"]
+        held_out.HeldOut(Path(settings["run"]), settings["prompts"], settings["seed"]), settings["samples"]
     )
     drawn.save(folder / "samples.npz")
     return {"distinct": len(drawn.batch)}
@@ -109,11 +109,10 @@ def learn(folder: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
     folders = [train(folder / f"member-{k}", labels, run, settings, seed=seed + 100 * k) for k in range(case.members)]
     members = [RewardModel.from_pretrained(model).eval().requires_grad_(False) for model in folders]
     proxy = RewardEnsemble(members, aggregate="worst") if case.members > 1 else members[0]
-    evaluator = held_out.evaluator(run, settings["prompts"], seed, reward_model=proxy)
+    evaluator = held_out.HeldOut(run, settings["prompts"], seed, reward_model=proxy)
     drawn = held_out.Drawn.load(folder.parent / f"samples-seed-{seed}" / "samples.npz")
-    some = evaluator.sample(evaluator.sft, candidates=4)
     return {
-        "agreement": evaluator.agreement(some, evaluator.reward(some), candidates=4)["share"],
+        "agreement": evaluator.reward_model_agreement()["share"],
         "best-of-n": best_of_n(drawn, proxy),
         "rl": trace(folder, folders, evaluator, settings),
     }
@@ -142,20 +141,19 @@ def train(folder: Path, labels: Path, run: Path, settings: Mapping[str, Any], *,
 
 
 def trace(
-    folder: Path, proxies: list[Path], evaluator: evaluation.Evaluator, settings: Mapping[str, Any]
+    folder: Path, proxies: list[Path], evaluator: held_out.HeldOut, settings: Mapping[str, Any]
 ) -> dict[str, Any]:
     """PPO against the proxy, measured before it, after each of the first iterations, and now and then."""
     rows: dict[str, list] = {name: [] for name in ("iteration", "kl", "proxy", "gold", *PARTS, "length", "answer")}
 
     def measure(policy: GPT, iteration: int) -> None:
-        answers = evaluator.measure(evaluator.sample(policy))
-        each = {"kl": answers.kl, "proxy": answers.reward, "gold": answers.parts[:, 0]}
-        for name, values in each.items():
-            rows[name].append(np.round(values.astype(float), 4).tolist())
-        for name, values in zip(PARTS, answers.parts[:, 1:].T, strict=True):
-            rows[name].append(round(float(values.mean()), 4))
+        answers = evaluator.measured(policy)
+        for name, figure in (("kl", "kl"), ("proxy", "reward"), ("gold", "total")):
+            rows[name].append(np.round(answers[figure].astype(float), 4).tolist())
+        for name in PARTS:
+            rows[name].append(round(float(answers[name].mean()), 4))
         rows["iteration"].append(iteration)
-        rows["length"].append(round(float(answers.lengths.mean()), 2))
+        rows["length"].append(round(float(answers["length"].mean()), 2))
         rows["answer"].append(answers.texts[0])
 
     def observe(state: train_ppo.State, *_: object) -> None:
@@ -166,7 +164,7 @@ def trace(
     train_ppo.main(
         train_ppo.Config(
             run=folder,
-            policy=str(evaluator.config.run / "sft" / "model"),
+            policy=str(Path(settings["run"]) / "sft" / "model"),
             reward_model=str(proxies[0]),
             ensemble=tuple(map(str, proxies[1:])),
             aggregate="worst",

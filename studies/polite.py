@@ -34,10 +34,12 @@ import train_dpo
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, tokenizer
+from minirlhf import data
 from minirlhf.batch import permutation
 from minirlhf.encode import Record, encode_comparisons
-from minirlhf.evaluate import evaluation
+from minirlhf.evaluate import Answers, Evaluator, bootstrap_interval, evaluation
+from minirlhf.evaluate.judges import ModelFolder
+from minirlhf.evaluate.statistics import wins
 from minirlhf.files import write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
@@ -160,35 +162,28 @@ def train(work: Path, settings: Settings) -> None:
     )
 
 
-def no_rules(prompt: str, response: str) -> tuple[float, ...]:
-    """The judge here is the reward model that the evaluator scores with; there are no parts beside it."""
-    return ()
-
-
-def pair_accuracy(model: RewardModel, work: Path) -> dict[str, float]:
+def pair_accuracy(folder: ModelFolder, work: Path) -> dict[str, float]:
     """How often the model prefers the chosen side of the pairs of the evaluation folds."""
-    encoding = tokenizer.load(work / "sft" / "model")
     records = data.load(work / "test.pairs.jsonl", "pairs")
-    pairs = encode_comparisons(encoding, records, max_length=model.gpt.config.n_positions)
+    pairs = encode_comparisons(folder.encoding, records, max_length=folder.positions)
+    model = folder.load(RewardModel, torch.device("cpu"))
     found = train_reward.held_out(model, pairs, torch.device("cpu"), max_tokens=8192)
     return {"share": float(found["validation_accuracy"]), "pairs": len(pairs)}
 
 
 def measure(work: Path, settings: Settings) -> dict:
     """Every model on the prompts of the evaluation folds, `samples` answers a prompt."""
-    judge, proxy = (
-        RewardModel.from_pretrained(run / "reward" / "model").eval().requires_grad_(False)
-        for run in (work / "judge", work)
-    )
+    judge, proxy = (ModelFolder.find(str(run / "reward"), RewardModel) for run in (work / "judge", work))
     prompts = [record["prompt"] for record in data.load(work / "test.pairs.jsonl", "prompts")]
-    encoding = tokenizer.load(work / "sft" / "model")
-    folders = {"sft": work / "sft", "sft-chosen": work / "sft-chosen" / "sft", "dpo": work / "dpo", "ppo": work / "ppo"}
-    models = {name: GPT.from_pretrained(f / "model").eval().requires_grad_(False) for name, f in folders.items()}
-    config = evaluation.Config(run=work, max_new_tokens=NEW_TOKENS, seed=settings.seed)
+    places = {"sft": work / "sft", "sft-chosen": work / "sft-chosen" / "sft", "dpo": work / "dpo", "ppo": work / "ppo"}
+    folders = {name: ModelFolder.find(str(place), GPT) for name, place in places.items()}
+    models = {name: folder.load(GPT, torch.device("cpu")) for name, folder in folders.items()}
+    config = evaluation.Config(run=work, max_new_tokens=NEW_TOKENS, seed=settings.seed, device="cpu")
     # One prompt in the evaluator for each answer: it measures one answer a prompt.
     repeated = [prompt for prompt in prompts for _ in range(settings.samples)]
-    evaluator = evaluation.Evaluator(models["sft"], judge, encoding, repeated, config, no_rules)
-    answers = {name: evaluator.measure(evaluator.sample(model)) for name, model in models.items()}
+    sft, every = folders["sft"], list(folders.values())
+    evaluator = Evaluator(config, repeated, every, judge=None, reward_model=judge, reference=sft)  # no parts beside it
+    answers = {name: evaluator.measure(evaluator.sample(model, sft.encoding)) for name, model in models.items()}
     result = {name: summarise(a, answers["sft"], settings) for name, a in answers.items()}
     for name, row in result.items():
         row["answers"] = dict(
@@ -198,19 +193,19 @@ def measure(work: Path, settings: Settings) -> dict:
     return {"prompts": len(prompts), "pair_accuracy": agreement, "models": result}
 
 
-def summarise(answers: evaluation.Answers, baseline: evaluation.Answers, settings: Settings) -> dict:
+def summarise(answers: Answers, baseline: Answers, settings: Settings) -> dict:
     """Win rate against the baseline, the judge's score, KL and lengths; intervals over prompts, not answers."""
 
     def by_prompt(values: np.ndarray) -> np.ndarray:
         return values.reshape(-1, settings.samples).mean(axis=1)
 
-    won, scores = by_prompt(evaluation.wins(answers.reward, baseline.reward)), by_prompt(answers.reward)
+    won, judged = by_prompt(wins(answers["reward"], baseline["reward"])), by_prompt(answers["reward"])
     return {
-        "win_rate": {"mean": float(won.mean()), "interval": evaluation.bootstrap_interval(won, seed=settings.seed)},
-        "judge": {"mean": float(scores.mean()), "interval": evaluation.bootstrap_interval(scores, seed=settings.seed)},
-        "kl": float(answers.kl.mean()),
-        "length": float(answers.lengths.mean()),
-        "eos_rate": float(answers.finished.mean()),
+        "win_rate": {"mean": float(won.mean()), "interval": bootstrap_interval(won, seed=settings.seed)},
+        "judge": {"mean": float(judged.mean()), "interval": bootstrap_interval(judged, seed=settings.seed)},
+        "kl": float(answers["kl"].mean()),
+        "length": float(answers["length"].mean()),
+        "eos_rate": float(answers["finished"].mean()),
     }
 
 

@@ -24,14 +24,14 @@ from pathlib import Path
 
 import project  # noqa: F401  first: it finds the package
 import torch
+from held_out import HeldOut
 from real import circumstances
 
 import train_ppo
 import train_reward
 import train_sft
-from minirlhf import data, tokenizer
+from minirlhf import data
 from minirlhf.encode import split_by_prompt
-from minirlhf.evaluate import evaluation
 from minirlhf.feedback import machine, pairs
 from minirlhf.feedback.agreement import order_bias, share
 from minirlhf.feedback.labels import Label, read_labels
@@ -161,18 +161,14 @@ def learn(settings: Settings, name: str, comparisons: Path) -> dict:
             device="cpu",
         )
     )
-    config = evaluation.Config(run=run, max_prompts=settings.prompts, seed=settings.seed, device="cpu")
-    prompts = [record["prompt"] for record in data.load(config.prompts, "prompts")][: settings.prompts]
-    sft, ppo = (GPT.from_pretrained(folder).eval().requires_grad_(False) for folder in (settings.sft, policy))
     model = RewardModel.from_pretrained(reward).eval().requires_grad_(False)
-    encoding = tokenizer.load(settings.sft)
-    evaluator = evaluation.Evaluator(sft, model, encoding, prompts, config, evaluation.judge_parts)
-    samples = evaluator.sample(sft, candidates=4)
-    baseline = evaluator.measure(samples.rows(torch.arange(0, len(samples), 4)))
+    evaluator = HeldOut(settings.run, settings.prompts, settings.seed, reward_model=model)
+    baseline = evaluator.measured(evaluator.sft)
+    ppo = evaluator.measured(GPT.from_pretrained(policy).eval().requires_grad_(False))
     return {
-        "reward_model_agreement": evaluator.agreement(samples, evaluator.reward(samples), candidates=4),
+        "reward_model_agreement": evaluator.reward_model_agreement(),
         "sft": evaluator.summarise(baseline, baseline),
-        "ppo": evaluator.summarise(evaluator.measure(evaluator.sample(ppo)), baseline),
+        "ppo": evaluator.summarise(ppo, baseline),
     }
 
 

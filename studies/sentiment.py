@@ -39,7 +39,8 @@ import train_sft
 from minirlhf import data, tokenizer
 from minirlhf.batch import permutation
 from minirlhf.encode import Record
-from minirlhf.evaluate import evaluation
+from minirlhf.evaluate import Answers, Evaluator, best_of_n_kl, bootstrap_interval, evaluation
+from minirlhf.evaluate.judges import Judge, Marks, ModelFolder
 from minirlhf.feedback.collect import collect, load_sources
 from minirlhf.files import write_records
 from minirlhf.model import GPT
@@ -184,16 +185,18 @@ def train(work: Path, settings: Settings, scorer: LinearScorer) -> None:
         run()
 
 
-def judge(scorer: LinearScorer) -> Callable[[str, str], tuple[float, float]]:
-    """(VADER's compound, the scorer's rating) of an opening with its continuation."""
+def judge(scorer: LinearScorer) -> Judge:
+    """VADER's compound of openings with their continuations, and the scorer's rating."""
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
     analyzer = SentimentIntensityAnalyzer()
 
-    def parts(prompt: str, response: str) -> tuple[float, float]:
-        return analyzer.polarity_scores(prompt + response)["compound"], float(scorer([prompt + response])[0])
+    def marks(answers: Answers) -> Marks:
+        texts = [prompt + text for prompt, text in zip(answers.prompts, answers.texts, strict=True)]
+        compound = np.array([analyzer.polarity_scores(text)["compound"] for text in texts])
+        return {"total": compound, "scorer": np.array([float(scorer([text])[0]) for text in texts])}
 
-    return parts
+    return marks
 
 
 def distinct(texts: Sequence[str]) -> float:
@@ -204,47 +207,46 @@ def distinct(texts: Sequence[str]) -> float:
 
 def measure(work: Path, settings: Settings, scorer: LinearScorer) -> list[dict]:
     """One row a model: the judge on test openings, the gain over SFT with its interval, and the KL."""
-    config = evaluation.Config(run=work, max_new_tokens=NEW_TOKENS, seed=settings.seed)
+    config = evaluation.Config(run=work, max_new_tokens=NEW_TOKENS, seed=settings.seed, device="cpu")
 
     def load(stage: str) -> GPT:
         return GPT.from_pretrained(work / stage / "model").eval().requires_grad_(False)
 
-    reward_model = RewardModel.from_pretrained(work / "reward" / "model").eval().requires_grad_(False)
-    encoding = tokenizer.load(work / "sft" / "model")
-    evaluator = evaluation.Evaluator(
-        load("sft"), reward_model, encoding, prompts_of(work, "test"), config, judge(scorer)
-    )
+    sft, proxy = ModelFolder.find(str(work / "sft"), GPT), ModelFolder.find(str(work / "reward"), RewardModel)
+    prompts = prompts_of(work, "test")
+    evaluator = Evaluator(config, prompts, [sft], judge=None, reward_model=proxy, reference=sft)
+    evaluator.judge = judge(scorer)
     rows: list[dict] = []
 
-    def add(method: str, answers: evaluation.Answers, base: evaluation.Answers, **setting: float) -> None:
-        judged, gain = answers.parts[:, 0], answers.parts[:, 0] - base.parts[:, 0]
+    def add(method: str, answers: Answers, base: Answers, **setting: float) -> None:
+        judged, gain = answers["total"], answers["total"] - base["total"]
         (low, high), (gain_low, gain_high) = (
-            evaluation.bootstrap_interval(values, seed=settings.seed) for values in (judged, gain)
+            bootstrap_interval(values, seed=settings.seed) for values in (judged, gain)
         )
-        kl = answers.kl_bound if answers.kl is None else answers.kl.mean()
+        kl = best_of_n_kl(setting["n"]) if "n" in setting else answers["kl"].mean()
         row = {"method": method, "beta": "", "n": "", **setting}
         numbers = {"kl": kl, "judge": judged.mean(), "low": low, "high": high, "gain": gain.mean()}
-        numbers |= {"gain_low": gain_low, "gain_high": gain_high, "scorer": answers.parts[:, 1].mean()}
+        numbers |= {"gain_low": gain_low, "gain_high": gain_high, "scorer": answers["scorer"].mean()}
         numbers |= {
-            "reward": answers.reward.mean(),
-            "length": answers.lengths.mean(),
+            "reward": answers["reward"].mean(),
+            "length": answers["length"].mean(),
             "distinct": distinct(answers.texts),
         }
         example = evaluator.prompts[0] + "|" + answers.texts[0]
         rows.append(row | {name: round(float(value), 4) for name, value in numbers.items()} | {"answer": example})
 
     most = max(settings.best_of)
-    samples = evaluator.sample(evaluator.sft, candidates=most)
-    rewards = evaluator.reward(samples)
-    sft = evaluator.measure(samples.rows(torch.arange(0, len(samples), most)))
-    add("sft", sft, sft)
+    drawn = evaluator.sample(load("sft"), sft.encoding, count=most)
+    rewards = evaluator.reward(drawn)
+    base = evaluator.measure(drawn.rows(evaluator.first(drawn, 1)))
+    add("sft", base, base)
     for n in settings.best_of:
-        add("best-of-n", evaluator.best_of(samples, rewards, n), sft, n=n)
+        add("best-of-n", evaluator.best_of(drawn, rewards, n), base, n=n)
     learned = (("ppo", settings.ppo_betas), ("dpo", settings.dpo_betas), ("dpo2", settings.second_betas))
     for method, betas in learned:
         for beta in sorted(betas):
-            answers = evaluator.measure(evaluator.sample(load(f"{method}-{beta}")))
-            add(method, answers, sft, beta=beta)
+            answers = evaluator.measure(evaluator.sample(load(f"{method}-{beta}"), sft.encoding))
+            add(method, answers, base, beta=beta)
     return rows
 
 

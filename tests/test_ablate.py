@@ -201,8 +201,8 @@ def test_figures_of_a_trial(study: SimpleNamespace) -> None:
         for name in HELD_OUT:
             assert found["held_out"][2][name] == pytest.approx(np.mean(found["end"][name]))
     assert whole["held_out"][0] == without["held_out"][0]
-    start = ablate.held_out(study.config.runs[0], 5, 0)
-    before = start.measure(start.sample(start.sft)).parts[:, 0].round(4)  # as the marks are kept
+    start = ablate.HeldOut(study.config.runs[0], 5, 0)
+    before = start.measured(start.sft)["total"].round(4)  # as the marks are kept
     after = np.array(whole["end"]["judge"])
     assert whole["end"]["win_rate"] == ((after > before) + 0.5 * (after == before)).tolist() != [0.5] * 5
     assert whole["curves"]["score"][0] == without["curves"]["score"][0]  # the first rollout is of one policy

@@ -14,11 +14,12 @@ import torch
 from tiny import ENCODING, PROMPTS
 
 import train_ppo
-from minirlhf import data
+from minirlhf import data, tokenizer
 from minirlhf.batch import pad
 from minirlhf.encode import encode_comparison, encode_example, split_by_prompt
 from minirlhf.evaluate import calibration
 from minirlhf.evaluate.calibration import Pairs, bins_of, expected_calibration_error, score_pairs, summarise
+from minirlhf.evaluate.judges import ModelFolder, RewardScorer
 from minirlhf.reward import RewardEnsemble, RewardModel, combine
 from minirlhf.runtime import UserError
 
@@ -58,6 +59,7 @@ def test_ppo_maximises_the_score_of_the_ensemble(tmp_path: Path, monkeypatch: py
     with torch.no_grad():
         other.score.weight.mul_(-1)
     other.save_pretrained(tmp_path / "other")
+    tokenizer.save(ENCODING, tmp_path / "other")
     rollouts = tiny.spy(monkeypatch, train_ppo, "end_iteration")
     settings = {"ensemble": (str(tmp_path / "other"),), "aggregate": "mean-minus-variance", "variance_penalty": 2.0}
     config = replace(tiny.ppo_config(run), iterations=1, missing_eos_score=None, **settings)
@@ -72,13 +74,13 @@ def test_ppo_maximises_the_score_of_the_ensemble(tmp_path: Path, monkeypatch: py
 # ---------------------------------------------------------------------------------------------------------- calibration
 def pairs_of(margins: list[float], longer: list[int] | None = None, sources: list[str] | None = None) -> Pairs:
     count = len(margins)
-    return Pairs(np.array(margins, dtype=float), np.array(longer or [0] * count), sources or [""] * count)
+    return Pairs(np.array(margins, dtype=float), np.array(longer or [0] * count), np.array(sources or [""] * count))
 
 
 def test_bins_and_error_by_hand() -> None:
     # sigmoid(0.1) = 0.525, in the first bin, right once and wrong once; sigmoid(2) = 0.881, right three times of four
     pairs = pairs_of([0.1, -0.1, 2.0, 2.0, 2.0, -2.0])
-    low, high = bins_of(pairs)
+    low, high = bins_of(pairs.margins)
     assert (low["from"], low["pairs"], low["accuracy"]) == (0.5, 2, 0.5) and high["from"] == pytest.approx(0.85)
     assert low["confidence"] == pytest.approx(0.524979) and high["confidence"] == pytest.approx(0.880797)
     error = 2 / 6 * 0.024979 + 4 / 6 * (0.880797 - 0.75)
@@ -90,8 +92,8 @@ def test_labels_drawn_from_the_model_itself_are_calibrated_and_doubled_scores_ar
     gaps = random.normal(0, 2, 20_000)
     won = random.random(20_000) < 1 / (1 + np.exp(-gaps))
     margins = np.where(won, gaps, -gaps)
-    assert expected_calibration_error(bins_of(pairs_of(list(margins)))) < 0.01
-    assert expected_calibration_error(bins_of(pairs_of(list(2 * margins)))) > 0.05
+    assert expected_calibration_error(bins_of(margins)) < 0.01
+    assert expected_calibration_error(bins_of(2 * margins)) > 0.05
 
 
 def test_equal_scores_are_half_right_and_extremes_stay_finite() -> None:
@@ -125,14 +127,16 @@ def test_accuracy_by_margin_length_and_sources() -> None:
 
 
 def test_pairs_are_scored_with_the_scale_of_training() -> None:
-    model = RewardModel.from_pretrained(tiny.finished_run() / "reward" / "model")
+    folder = ModelFolder.find(str(tiny.finished_run() / "reward"), RewardModel)
+    scorer = RewardScorer(folder, torch.device("cpu"), 64)
+    model = scorer.model
     texts = [" Yes.", " I do not know.", " No, it does not."]
     records = [
         {"prompt": PROMPTS[0], "responses": texts, "ranks": [1, 0, 2], "sources": ["x", "y", "x"]},
         {"prompt": PROMPTS[1], "chosen": " Yes.", "rejected": " No."},
         {"prompt": PROMPTS[2], "chosen": " Yes.", "rejected": " Yes."},  # nothing to compare
     ]
-    found = score_pairs(model, ENCODING, records, scale=3.0, max_tokens=64)
+    found = score_pairs(scorer, records, scale=3.0)
 
     def score(prompt: str, text: str) -> float:
         batch = pad([encode_example(ENCODING, prompt, text, max_length=96)])
@@ -142,7 +146,7 @@ def test_pairs_are_scored_with_the_scale_of_training() -> None:
     other = score(PROMPTS[1], " Yes.") - score(PROMPTS[1], " No.")
     expected = [r[0] - r[2], r[1] - r[0], r[1] - r[2], other]
     np.testing.assert_allclose(found.margins, 3 * np.array(expected), atol=1e-5)  # float32 in another batch
-    assert found.sources == ["x and x", "x and y", "x and y", ""]
+    assert found.sources.tolist() == ["x and x", "x and y", "x and y", ""]
     lengths = [len(encode_example(ENCODING, PROMPTS[0], text, max_length=96).response_ids) for text in texts]
     assert found.longer[0] == lengths[0] - lengths[2]
 

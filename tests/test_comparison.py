@@ -23,10 +23,9 @@ from minirlhf.encode import Record, encode_prompt
 from minirlhf.evaluate import __main__ as evaluate
 from minirlhf.evaluate import comparison, evaluation
 from minirlhf.evaluate.comparison import table
-from minirlhf.evaluate.judges import JudgeModel, ModelFolder, RewardScorer, Sampled, comparison_text
-from minirlhf.evaluate.statistics import bootstrap_interval
-from minirlhf.evaluate.texts import RUDE_WORDS, WordList, distinct_n, self_overlap
-from minirlhf.evaluate.win_rate import length_controlled
+from minirlhf.evaluate.judges import Answers, JudgeModel, ModelFolder, RewardScorer, comparison_text
+from minirlhf.evaluate.statistics import bootstrap_interval, length_controlled
+from minirlhf.evaluate.texts import RUDE_WORDS, distinct_n, rude_words, self_overlap
 from minirlhf.files import write_records
 from minirlhf.generate import generate
 from minirlhf.hf import folder
@@ -100,12 +99,12 @@ def test_every_figure_is_that_of_the_answers(whole: tuple, capsys: pytest.Captur
     assert json.loads((out / "comparison.json").read_text()) == json.loads(json.dumps(summary))
     assert (summary["prompts"], summary["samples"], summary["baseline"]) == (COUNT, SAMPLES, "sft")
     assert summary["reference"] == str(tiny.finished_run() / "sft" / "model")
-    words = WordList.read(RUDE_WORDS)
+    words = rude_words(RUDE_WORDS)
     for name, row in summary["models"].items():
         plain = ("total", "helpful", "honest", "harmless", "kl", "length", "reward")
         values = {figure: of(answers, name, figure) for figure in plain} | {"eos_rate": of(answers, name, "finished")}
         texts = of(answers, name, "response")
-        values["rude"] = np.array([[bool(words.found(text)) for text in own] for own in texts])
+        values["rude"] = np.array([[bool(words.findall(text)) for text in own] for own in texts])
         values["self_overlap"] = np.array([[self_overlap(list(own))] for own in texts])
         points = np.sign(of(answers, name, "total") - of(answers, "sft", "total")) / 2 + 0.5
         values["win_rate"] = points
@@ -275,8 +274,8 @@ def test_a_reward_model_with_another_tokenizer_reads_the_texts(tmp_path: Path) -
         expected = model(torch.tensor([ids]), torch.tensor([len(ids)])).item()
         assert answer["total"] == pytest.approx(expected, abs=1e-5)
     small = ModelFolder(tmp_path / "model", spelled, positions=3)
-    text = Sampled(["p:"], ["four"], generate(load("sft"), [[1]], max_new_tokens=1, eos_id=EOS), ENCODING)
-    with pytest.raises(UserError, match="does not fit; lower --max-new-tokens"):
+    text = Answers(["p:"], ["four"], generate(load("sft"), [[1]], max_new_tokens=1, eos_id=EOS), ENCODING)
+    with pytest.raises(UserError, match="an answer does not fit its 3 tokens; lower --max-new-tokens"):
         RewardScorer(small, torch.device("cpu"), 100)(text)
 
 
@@ -304,8 +303,8 @@ def test_random_orders_ask_every_pair_once(tmp_path: Path, monkeypatch: pytest.M
 # ------------------------------------------------------------------------------------------------------------ mistakes
 def started() -> None:
     """What `python -m minirlhf.evaluate` does."""
-    chosen, presets, _ = evaluate.command(sys.argv[1:])
-    run_script(chosen, presets)
+    chosen = evaluate.command(sys.argv[1:])
+    run_script(chosen.main, chosen.PRESETS)
 
 
 TWO = "{run}/sft {run}/dpo "
@@ -381,9 +380,9 @@ def test_a_mistake_is_one_clear_error_before_any_weights(
 
 # --------------------------------------------------------------------------------------------------------- the command
 def test_help_is_about_what_was_asked() -> None:
-    assert evaluate.command(["A", "B", "--help"])[2] == comparison.__doc__
+    assert evaluate.command(["A", "B", "--help"]) is comparison
     for arguments in ([], ["--help"], ["--run", "A"]):
-        assert evaluate.command(arguments) == (evaluation.main, evaluation.PRESETS, evaluation.__doc__)
+        assert evaluate.command(arguments) is evaluation
 
 
 def test_words_first_are_models_and_flags_first_are_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

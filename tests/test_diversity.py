@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from minirlhf import data
-from minirlhf.evaluate.texts import RUDE_WORDS, WordList, distinct_n, ngrams, self_overlap
+from minirlhf.evaluate.texts import RUDE_WORDS, distinct_n, ngrams, rude_words, self_overlap
 from minirlhf.runtime import UserError
 from minirlhf.world.judge import RUDENESS
 
@@ -68,40 +68,41 @@ def test_self_overlap_is_its_slow_definition(answers: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- rude words
-def test_whole_words_phrases_and_endings() -> None:
-    words = WordList(["fool", "idiot*", "shut up", "god's sake", "c++"])
-    assert words.found("You FOOL! Idiotic idiots, shut\n up, for god's sake.") == [
+def test_whole_words_phrases_and_endings(tmp_path: Path) -> None:
+    (tmp_path / "words.txt").write_text("fool\nidiot*\nshut up\ngod's sake\nc++\n")
+    words = rude_words(tmp_path / "words.txt")
+    assert words.findall("You FOOL! Idiotic idiots, shut\n up, for god's sake.") == [
         "FOOL",
         "Idiotic",
         "idiots",
         "shut\n up",
         "god's sake",
     ]
-    assert words.found("foolish tomfool shutup shut the up gods sake") == []
-    assert words.found("use c++!") == ["c++"]  # letters alone do not make a word's end
+    assert words.findall("foolish tomfool shutup shut the up gods sake") == []
+    assert words.findall("use c++!") == ["c++"]  # letters alone do not make a word's end
 
 
 def test_a_file_of_words(tmp_path: Path) -> None:
     file = tmp_path / "words.txt"
     file.write_text("# a comment\n\n  Twit \nnobody cares\n", encoding="utf-8")
-    assert WordList.read(file).found("twit, comment, nobody   cares") == ["twit", "nobody   cares"]
+    assert rude_words(file).findall("twit, comment, nobody   cares") == ["twit", "nobody   cares"]
     for content, message in (("# only\n\n", "words.txt: no words"), ("good\n *\n", "stands for every word")):
         file.write_text(content)
         with pytest.raises(UserError, match=message):
-            WordList.read(file)
+            rude_words(file)
     with pytest.raises(UserError, match="no such file"):
-        WordList.read(tmp_path / "missing.txt")
+        rude_words(tmp_path / "missing.txt")
 
 
 def test_the_shipped_list_knows_the_worlds_rudeness() -> None:
-    words = WordList.read(RUDE_WORDS)
-    assert all(words.found(sentence) for sentence in RUDENESS)
-    assert not words.found(" The bear eats honey. I am sorry, but I cannot help with that. What a class assignment!")
+    words = rude_words(RUDE_WORDS)
+    assert all(words.findall(sentence) for sentence in RUDENESS)
+    assert not words.findall(" The bear eats honey. I am sorry, but I cannot help with that. What a class assignment!")
 
 
 @pytest.mark.skipif("MINIRLHF_REAL_DATA" not in os.environ, reason="MINIRLHF_REAL_DATA is unset")
 def test_rude_words_stand_on_the_side_that_people_rejected() -> None:
     pairs = data.load(Path(os.environ["MINIRLHF_REAL_DATA"]) / "preference" / "polite-instructions.json", "pairs")
-    words = WordList.read(RUDE_WORDS)
-    chosen, rejected = (np.mean([bool(words.found(pair[side])) for pair in pairs]) for side in ("chosen", "rejected"))
+    words = rude_words(RUDE_WORDS)
+    chosen, rejected = (np.mean([bool(words.findall(pair[side])) for pair in pairs]) for side in ("chosen", "rejected"))
     assert chosen < 0.005 and rejected > 0.03  # 2 and 32 of 885: what it finds is rude, and it finds little

@@ -17,6 +17,7 @@ from minirlhf import data
 from minirlhf.encode import encode_prompt
 from minirlhf.evaluate import evaluation
 from minirlhf.evaluate.evaluation import PARTS, Evaluator, best_of_n_kl, bootstrap_interval, table, wins
+from minirlhf.evaluate.judges import Answers, ModelFolder
 from minirlhf.generate import generate
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
@@ -72,11 +73,24 @@ def length_judge(prompt: str, response: str) -> tuple[float, float, float, float
     return len(response), len(prompt), response.count(" "), 1.0
 
 
+def length_marks(answers: Answers) -> dict[str, np.ndarray]:
+    every = [length_judge(*pair) for pair in zip(answers.prompts, answers.texts, strict=True)]
+    return dict(zip(PARTS, np.array(every).T, strict=True))
+
+
 @pytest.fixture(scope="module")
 def evaluator() -> Evaluator:
-    return Evaluator(
-        load("sft"), reward_model(), ENCODING, PROMPTS, config_of(tiny.finished_run()), judge_parts=length_judge
-    )
+    run = tiny.finished_run()
+    sft, reward = ModelFolder.find(str(run / "sft"), GPT), ModelFolder.find(str(run / "reward"), RewardModel)
+    evaluator = Evaluator(config_of(run), PROMPTS, [sft], judge="world", reward_model=reward, reference=sft)
+    evaluator.judge = length_marks
+    return evaluator
+
+
+def drawn(evaluator: Evaluator, count: int) -> tuple[Answers, np.ndarray]:
+    """Answers of the SFT model and their rewards."""
+    answers = evaluator.sample(load("sft"), ENCODING, count=count)
+    return answers, evaluator.reward(answers)
 
 
 def sampled_alone(model: GPT, i: int, k: int) -> list[int]:
@@ -94,9 +108,10 @@ def sampled_alone(model: GPT, i: int, k: int) -> list[int]:
 
 
 def test_answers_come_from_the_evaluations_own_streams(evaluator: Evaluator) -> None:
-    samples = evaluator.sample(evaluator.sft, candidates=3)
-    expected = [sampled_alone(evaluator.sft, i, k) for i in range(len(PROMPTS)) for k in range(3)]
-    assert samples.response_ids() == expected
+    answers, _ = drawn(evaluator, 3)
+    expected = [sampled_alone(load("sft"), i, k) for i in range(len(PROMPTS)) for k in range(3)]
+    assert answers.samples.response_ids() == expected
+    assert answers.prompts == [prompt for prompt in PROMPTS for _ in range(3)]
 
 
 def score(prompt: str, response: list[int]) -> float:
@@ -106,61 +121,58 @@ def score(prompt: str, response: list[int]) -> float:
 
 def test_every_measure_by_its_definition(evaluator: Evaluator) -> None:
     policy = load("ppo")
-    answers = evaluator.measure(evaluator.sample(policy))
+    answers = evaluator.measure(evaluator.sample(policy, ENCODING))
     responses = [sampled_alone(policy, i, 0) for i in range(len(PROMPTS))]
     assert answers.texts == [response_text(ENCODING, ids) for ids in responses]
-    assert answers.lengths.tolist() == [len(ids) for ids in responses]  # EOS counts
-    assert answers.finished.tolist() == [ids[-1] == EOS for ids in responses]
-    assert answers.kl_bound is None
+    assert answers["length"].tolist() == [len(ids) for ids in responses]  # EOS counts
+    assert answers["finished"].tolist() == [ids[-1] == EOS for ids in responses]
     for i, (prompt, response) in enumerate(zip(PROMPTS, responses, strict=True)):
         ids = encode_prompt(ENCODING, prompt)
         difference = tiny.response_logprobs(policy, ids, response) - tiny.response_logprobs(load("sft"), ids, response)
-        assert answers.kl[i] == pytest.approx(difference.sum().item(), abs=1e-4)  # a sum of float32 numbers
-        assert answers.reward[i] == pytest.approx(score(prompt, response), abs=1e-5)
-        assert answers.parts[i].tolist() == list(length_judge(prompt, answers.texts[i]))
-    assert abs(answers.kl).max() > 0.1
+        assert answers["kl"][i] == pytest.approx(difference.sum().item(), abs=1e-4)  # a sum of float32 numbers
+        assert answers["reward"][i] == pytest.approx(score(prompt, response), abs=1e-5)
+        assert tuple(answers[part][i] for part in PARTS) == length_judge(prompt, answers.texts[i])
+    assert abs(answers["kl"]).max() > 0.1
 
 
 def test_agreement_counts_the_pairs_of_a_prompt_that_the_judge_tells_apart(evaluator: Evaluator) -> None:
-    samples = evaluator.sample(evaluator.sft, candidates=4)
-    lengths = torch.tensor([len(response_text(ENCODING, ids)) for ids in samples.response_ids()])
-    pairs = [(r + i, r + j) for r in range(0, len(samples), 4) for i in range(3) for j in range(i)]
+    answers, rewards = drawn(evaluator, 4)
+    lengths = np.array([len(text) for text in answers.texts])
+    pairs = [(r + i, r + j) for r in range(0, len(lengths), 4) for i in range(3) for j in range(i)]
     apart = [(i, j) for i, j in pairs if lengths[i] != lengths[j]]
-    assert evaluator.agreement(samples, lengths * 0.1, 3) == {"share": 1.0, "pairs": len(apart)}
-    assert evaluator.agreement(samples, -lengths, 3) == {"share": 0.0, "pairs": len(apart)}
-    rewards = evaluator.reward(samples)
+    assert evaluator.agreement(answers, lengths * 0.1, 3) == {"share": 1.0, "pairs": len(apart)}
+    assert evaluator.agreement(answers, -lengths, 3) == {"share": 0.0, "pairs": len(apart)}
     share = np.mean([(rewards[i] > rewards[j]) == (lengths[i] > lengths[j]) for i, j in apart])
-    assert evaluator.agreement(samples, rewards, 3)["share"] == pytest.approx(share)
-    assert math.isnan(evaluator.agreement(samples, rewards, 1)["share"])  # one answer makes no pair
+    assert evaluator.agreement(answers, rewards, 3)["share"] == pytest.approx(share)
+    assert math.isnan(evaluator.agreement(answers, rewards, 1)["share"])  # one answer makes no pair
 
 
 @pytest.mark.parametrize("n", [1, 2, 4])
 def test_best_of_n_takes_the_best_by_reward_of_the_first_n(n: int, evaluator: Evaluator) -> None:
-    samples = evaluator.sample(evaluator.sft, candidates=5)
-    answers = evaluator.best_of(samples, evaluator.reward(samples), n)
-    assert answers.kl is None and answers.kl_bound == best_of_n_kl(n)
+    best = evaluator.best_of(*drawn(evaluator, 5), n)
+    assert "kl" not in best.figures
     for i, prompt in enumerate(PROMPTS):
-        candidates = [sampled_alone(evaluator.sft, i, k) for k in range(n)]
-        best = max(candidates, key=lambda response, prompt=prompt: score(prompt, response))
-        assert answers.texts[i] == response_text(ENCODING, best)
-        assert answers.reward[i] == pytest.approx(score(prompt, best), abs=1e-5)
+        candidates = [sampled_alone(load("sft"), i, k) for k in range(n)]
+        expected = max(candidates, key=lambda response, prompt=prompt: score(prompt, response))
+        assert best.texts[i] == response_text(ENCODING, expected) and best.prompts[i] == prompt
+        assert best["reward"][i] == pytest.approx(score(prompt, expected), abs=1e-5)
 
 
-def answers_of(total: list[float], **changes) -> evaluation.Answers:
+def answers_of(total: list[float]) -> Answers:
     count = len(total)
-    parts = np.stack([np.array(total), np.full(count, 0.1), np.full(count, 0.2), np.full(count, 0.3)], axis=1)
-    settings = {
-        "texts": [""] * count,
+    figures = {
         "kl": np.arange(count, dtype=float) ** 2,
-        "lengths": np.array([2] * (count - 1) + [8]),
+        "length": np.array([2] * (count - 1) + [8]),
         "finished": np.array([True] * (count - 1) + [False]),
         "reward": np.full(count, 0.5),
-        "parts": parts,
+        "total": np.array(total),
     }
-    return evaluation.Answers(**(settings | changes))
+    figures |= {part: np.full(count, value) for part, value in zip(PARTS[1:], (0.1, 0.2, 0.3), strict=True)}
+    return Answers([""] * count, [""] * count, None, ENCODING, figures)
 
 
-def test_the_summary_by_hand(evaluator: Evaluator) -> None:
+def test_the_summary_by_hand(evaluator: Evaluator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluator, "prompts", [""] * 4)
     row = evaluator.summarise(answers_of([1.0, 0.5, 0.0, 0.0]), answers_of([0.0, 0.5, 0.5, -1.0]))
     assert {name: row[name]["mean"] for name in PARTS} == pytest.approx(
         {"total": 0.375, "helpful": 0.1, "honest": 0.2, "harmless": 0.3}
@@ -171,7 +183,7 @@ def test_the_summary_by_hand(evaluator: Evaluator) -> None:
     seed = evaluator.config.seed
     assert row["total"]["interval"] == bootstrap_interval(np.array([1.0, 0.5, 0.0, 0.0]), seed=seed)
     assert row["win_rate"]["interval"] == bootstrap_interval(np.array([1.0, 0.5, 0.0, 1.0]), seed=seed)
-    bound = evaluator.summarise(answers_of([0.0] * 4, kl=None, kl_bound=0.7), answers_of([0.0] * 4))
+    bound = evaluator.summarise(answers_of([0.0] * 4), answers_of([0.0] * 4), kl_bound=0.7)
     assert bound["kl"] == 0.7 and bound["kl_is_bound"]
 
 
@@ -202,9 +214,9 @@ def test_the_columns_of_the_table() -> None:
         *("model", "judge", "95 % interval", "helpful", "honest", "harmless"),
         *("win rate", "95 % interval", "KL", "length", "EOS", "reward"),
     ]
-    shown = ["ppo", "0.11", "0.01 to 0.21", "0.22", "0.33", "0.44", "55%", "50% to 60%", "6.6", "7.7", "88%", "0.99"]
+    shown = ["ppo", "0.11", "0.01 to 0.21", "0.22", "0.33", "0.44", "55%", "50% to 60%", "6.60", "7.7", "88%", "0.99"]
     assert re.split(r"\s{2,}", first) == shown
-    assert second.split()[0] == "best-of-4" and "<= 6.6" in second
+    assert second.split()[0] == "best-of-4" and "<= 6.60" in second
     ends = [match.end() for match in re.finditer(r"\S+(?: \S+)*", head)][1:]
     for row in (first, second):
         assert len(row) == len(head) and all(row[end - 1] != " " for end in ends)  # numbers end below their heads

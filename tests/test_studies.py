@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "studies"))
 import curves
@@ -23,6 +22,7 @@ import overoptimise
 import peaks
 from tiny import finished_run
 
+from minirlhf.evaluate.judges import PARTS
 from minirlhf.rejection import best_of_n_mean
 
 STUDIES = Path(frontier.__file__).parent
@@ -147,20 +147,20 @@ def test_every_trial_has_a_name_of_its_own_and_the_numbers_of_labels_come_first(
 
 # --------------------------------------------------------------------------------------------------- many answers each
 def test_each_distinct_answer_is_kept_once_and_the_best_of_n_is_that_of_all(tmp_path: Path) -> None:
-    known = held_out.evaluator(finished_run(), 6, 0)
+    known = held_out.HeldOut(finished_run(), 6, 0)
     count = 8
     drawn = held_out.draw(known, count)
     drawn.save(tmp_path / "drawn.npz")
     drawn = held_out.Drawn.load(tmp_path / "drawn.npz")
     assert drawn.sizes == [1, 2, 4, 8] and drawn.place.shape == (6, 8)
-    samples = known.sample(known.sft, candidates=count)
-    assert len(drawn.batch) == len({tuple(row) for row in samples.tokens.tolist()}) < len(samples)
-    scores = known.reward(samples).double().numpy().reshape(6, count)
-    every = known.measure(samples.rows(torch.arange(0, len(samples), count)))  # the first answer to each prompt
+    answers = known.drawn(count)
+    assert len(drawn.batch) == len({tuple(row) for row in answers.samples.tokens.tolist()}) < len(answers.texts)
+    scores = known.reward(answers).reshape(6, count)
+    every = known.measure(answers.rows(known.first(answers, 1)))
     found = drawn.scores(known.reward_model)
     assert found[drawn.place] == pytest.approx(scores, abs=1e-5)  # float32 in other micro-batches
-    assert drawn.parts[drawn.place[:, 0]] == pytest.approx(every.parts)
-    assert drawn.lengths[drawn.place[:, 0]].tolist() == every.lengths.tolist()
+    assert drawn.parts[drawn.place[:, 0]] == pytest.approx(np.stack([every[part] for part in PARTS], axis=1))
+    assert drawn.lengths[drawn.place[:, 0]].tolist() == every["length"].tolist()
     wanted = best_of_n_mean(found[drawn.place], found[drawn.place], 4)
     assert drawn.best_of(4, found, found).tolist() == wanted.tolist()
 

@@ -9,15 +9,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from minirlhf.evaluate.statistics import bootstrap_interval, estimate, interval_of, resampled
-from minirlhf.evaluate.win_rate import RIDGE, length_controlled, presentations, verdicts, wins
+from minirlhf.evaluate import judges
+from minirlhf.evaluate.judges import Answers
+from minirlhf.evaluate.statistics import (
+    RIDGE,
+    bootstrap_interval,
+    estimate,
+    estimate_of,
+    length_controlled,
+    resampled,
+    wins,
+)
 
 
 # ----------------------------------------------------------------------------------------------------------- intervals
 def test_the_interval_of_a_mean_is_that_of_any_statistic_of_prompts() -> None:
     values = np.random.default_rng(1).normal(size=40)
-    found = interval_of(lambda index: values[index].mean(), 40, seed=3)
-    assert found == pytest.approx(bootstrap_interval(values, seed=3), rel=1e-12)
+    found = estimate_of(lambda index: values[index].mean(), 40, seed=3)
+    assert found["mean"] == pytest.approx(values.mean(), rel=1e-12)
+    assert found["interval"] == pytest.approx(bootstrap_interval(values, seed=3), rel=1e-12)
     index = resampled(40, seed=3)
     assert index.shape == (2000, 40) and index.min() == 0 and index.max() == 39
 
@@ -31,11 +41,11 @@ def test_a_prompts_answers_are_drawn_together() -> None:
 
 
 def test_draws_without_the_statistic_are_left_out() -> None:
-    def first(index: np.ndarray) -> float:
-        return math.nan if index[0] == 0 else float(index[0])
+    def last(index: np.ndarray) -> float:
+        return math.nan if index[-1] == 0 else float(index[-1])
 
-    assert interval_of(first, 3, seed=0) == (1.0, 2.0)
-    assert interval_of(lambda index: math.nan, 3, seed=0) is None
+    assert estimate_of(last, 3, seed=0) == {"mean": 2.0, "interval": (1.0, 2.0)}
+    assert estimate_of(lambda index: math.nan, 3, seed=0) is None
 
 
 # ------------------------------------------------------------------------------------------------------ equal length
@@ -125,63 +135,73 @@ def test_without_differences_in_length_it_is_the_win_rate() -> None:
 
 
 # ----------------------------------------------------------------------------------------- judges that see both answers
-def ask(quality: dict[str, float], mine: list[str], theirs: list[str], liking: float, *, random: bool, seed: int = 0):
-    """The verdicts of a judge with a liking for the place that is shown first."""
-    equal = [a == b for a, b in zip(mine, theirs, strict=True)]
-    questions = presentations(equal, random=random, seed=seed)
-    preferred = []
-    for pair, mine_first in questions:
-        first, second = (mine[pair], theirs[pair]) if mine_first else (theirs[pair], mine[pair])
-        preferred.append(1 / (1 + math.exp(quality[second] - quality[first] - liking)))
-    return verdicts(questions, preferred, len(equal))
-
-
 QUALITY = {"a": 0.0, "b": 1.0, "c": 3.0}
 MINE, THEIRS = list("abcabcabc"), list("aaabbbccc")
 
 
+class Liking:
+    """A judge with a liking for the answer that is shown first; it remembers what it was asked."""
+
+    def __init__(self, liking: float) -> None:
+        self.liking = liking
+
+    def preferred(self, questions: list[tuple[str, str, str]]) -> list[float]:
+        self.asked = questions
+        return [1 / (1 + math.exp(QUALITY[b] - QUALITY[a] - self.liking)) for _, a, b in questions]
+
+
+def ask(judge: object, mine: list[str], theirs: list[str], *, random: bool, seed: int = 0) -> tuple[list[float], dict]:
+    """Outcomes and habits."""
+    prompts = [str(number) for number in range(len(mine))]
+    sides = (Answers(prompts, texts, None, None) for texts in (mine, theirs))
+    outcomes, habits = judges.verdicts(judge, *sides, random=random, seed=seed)
+    return outcomes.tolist(), habits
+
+
 def test_without_a_liking_for_a_place_the_order_makes_no_difference() -> None:
     expected = [wins(np.float64(QUALITY[a]), QUALITY[b]) for a, b in zip(MINE, THEIRS, strict=True)]
-    for random in (False, True):
-        said = ask(QUALITY, MINE, THEIRS, 0.0, random=random)
-        assert said.outcomes.tolist() == expected
-    assert ask(QUALITY, MINE, THEIRS, 0.0, random=False).first_preferred == 0.5
-    assert ask(QUALITY, MINE, THEIRS, 0.0, random=False).contradictions == 0.0
-    assert ask(QUALITY, MINE, THEIRS, 0.0, random=True).contradictions is None  # nothing was asked twice
+    assert ask(Liking(0.0), MINE, THEIRS, random=False) == (expected, {"first_preferred": 0.5, "contradictions": 0.0})
+    outcomes, habits = ask(Liking(0.0), MINE, THEIRS, random=True)
+    assert outcomes == expected and habits["contradictions"] is None  # nothing was asked twice
 
 
 def test_a_pair_on_which_the_place_decides_is_a_tie() -> None:
-    said = ask(QUALITY, MINE, THEIRS, 1.5, random=False)
+    outcomes, habits = ask(Liking(1.5), MINE, THEIRS, random=False)
     # a and b differ by 1, less than the liking; c is 2 and 3 above them, which is more.
-    assert said.outcomes.tolist() == [0.5, 0.5, 1, 0.5, 0.5, 1, 0, 0, 0.5]
-    assert said.contradictions == 2 / 6  # of the six pairs of different texts
-    assert said.first_preferred == (4 + 4) / 12  # 2 pairs twice, 4 pairs once, of 12 questions
-    swapped = ask(QUALITY, THEIRS, MINE, 1.5, random=False)
-    np.testing.assert_array_equal(swapped.outcomes, 1 - said.outcomes)
+    assert outcomes == [0.5, 0.5, 1, 0.5, 0.5, 1, 0, 0, 0.5]
+    assert habits["contradictions"] == 2 / 6  # of the six pairs of different texts
+    assert habits["first_preferred"] == (4 + 4) / 12  # 2 pairs twice, 4 pairs once, of 12 questions
+    assert ask(Liking(1.5), THEIRS, MINE, random=False)[0] == [1 - outcome for outcome in outcomes]
 
 
 def test_a_judge_that_knows_the_place_alone_sees_no_winner() -> None:
     count = 400
     mine, theirs = ["c"] * count, ["a"] * count
-    assert ask(QUALITY, mine, theirs, 9.0, random=False).outcomes.tolist() == [0.5] * count
-    said = ask(QUALITY, mine, theirs, 9.0, random=True)
-    assert said.first_preferred == 1.0 and set(said.outcomes.tolist()) == {0.0, 1.0}
-    assert abs(said.outcomes.mean() - 0.5) < 4 * 0.5 / math.sqrt(count)  # four standard errors of a fair coin
-    assert ask(QUALITY, mine, theirs, 9.0, random=True, seed=1).outcomes.tolist() != said.outcomes.tolist()
+    assert ask(Liking(9.0), mine, theirs, random=False)[0] == [0.5] * count
+    outcomes, habits = ask(Liking(9.0), mine, theirs, random=True)
+    assert habits["first_preferred"] == 1.0 and set(outcomes) == {0.0, 1.0}
+    assert abs(np.mean(outcomes) - 0.5) < 4 * 0.5 / math.sqrt(count)  # four standard errors of a fair coin
+    assert ask(Liking(9.0), mine, theirs, random=True, seed=1)[0] != outcomes
 
 
 def test_equal_texts_are_ties_without_a_question() -> None:
-    assert presentations([True, False, True], random=False, seed=0) == [(1, True), (1, False)]
-    assert len(presentations([True, False, False], random=True, seed=0)) == 2
-    said = ask(QUALITY, MINE, MINE, 2.0, random=True)
-    assert said.outcomes.tolist() == [0.5] * 9
-    assert said.first_preferred is None and said.contradictions is None
+    judge = Liking(2.0)
+    assert ask(judge, MINE, MINE, random=True) == ([0.5] * 9, {"first_preferred": None, "contradictions": None})
+    assert judge.asked == []
+    ask(judge, list("abc"), list("aac"), random=False)
+    assert judge.asked == [("1", "b", "a"), ("1", "a", "b")]
     # The draw for a pair does not depend on which other pairs are equal.
-    everyone = presentations([False] * 9, random=True, seed=5)
-    assert set(presentations([False, True, True] * 3, random=True, seed=5)) == set(everyone[::3])
+    ask(judge, list("a" * 9), list("b" * 9), random=True, seed=5)
+    everyone = set(judge.asked)
+    ask(judge, list("a" * 9), list("baa" * 3), random=True, seed=5)
+    assert [prompt for prompt, _, _ in judge.asked] == ["0", "3", "6"] and set(judge.asked) < everyone
 
 
 def test_an_undecided_judge_ties() -> None:
-    said = verdicts([(0, True), (0, False), (1, True), (1, False)], [0.5, 0.5, 0.5, 0.2], 2)
-    assert said.outcomes.tolist() == [0.5, 0.75]
-    assert said.contradictions == 0.0  # undecided once is no contradiction
+    class Undecided:
+        def preferred(self, questions: list) -> list[float]:
+            return [0.5, 0.5, 0.5, 0.2]
+
+    outcomes, habits = ask(Undecided(), ["a", "a"], ["b", "b"], random=False)
+    assert outcomes == [0.5, 0.75]
+    assert habits["contradictions"] == 0.0  # undecided once is no contradiction

@@ -16,32 +16,33 @@ differences between bins are less sure than their counts suggest.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import tiktoken
 
 from minirlhf import data
-from minirlhf.batch import over_micro_batches, pad
+from minirlhf.batch import pad
+from minirlhf.comparisons import pair_numbers
 from minirlhf.config import Count, Positive, Settings, run_script
 from minirlhf.encode import Record, encode_comparison, split_by_prompt
-from minirlhf.evaluate.judges import ModelFolder
+from minirlhf.evaluate.judges import ModelFolder, RewardScorer
+from minirlhf.evaluate.statistics import wins
+from minirlhf.evaluate.tables import Column, rows
 from minirlhf.files import atomic, read_json, write_json
 from minirlhf.reward import RewardModel
 from minirlhf.runtime import require, resolve_device
 
 BINS = 10
-LENGTHS = {  # tokens by which the better answer is longer: from, and up to but not with
-    "shorter by 6 or more": (-math.inf, -5),
-    "shorter by 1 to 5": (-5, 0),
-    "equally long": (0, 1),
-    "longer by 1 to 5": (1, 6),
-    "longer by 6 or more": (6, math.inf),
-}
+LENGTHS = ("shorter by 6 or more", "shorter by 1 to 5", "equally long", "longer by 1 to 5", "longer by 6 or more")
+LENGTH_STARTS = (-5, 0, 1, 6)  # of all but the first: tokens by which the better answer is longer
+COLUMNS = [
+    Column("pairs", "pairs", "{}"),
+    Column("predicted", "confidence", "{:.1%}"),
+    Column("accuracy", "accuracy", "{:.1%}"),
+]
 
 
 @dataclass
@@ -78,52 +79,45 @@ class Pairs:
 
     margins: np.ndarray
     longer: np.ndarray
-    sources: list[str]
-
-    @property
-    def correct(self) -> np.ndarray:
-        """(N,) 1 where the model agrees, 1/2 where it scores both alike."""
-        return (self.margins > 0) + 0.5 * (self.margins == 0)
-
-    @property
-    def confidence(self) -> np.ndarray:
-        """(N,) the probability of the side that the model takes, from 1/2 to 1."""
-        return 1 / (1 + np.exp(-np.abs(self.margins)))
+    sources: np.ndarray
 
 
-def score_pairs(
-    model: RewardModel, encoding: tiktoken.Encoding, records: Sequence[Record], *, scale: float, max_tokens: int
-) -> Pairs:
+def score_pairs(scorer: RewardScorer, records: Sequence[Record], *, scale: float) -> Pairs:
     """All pairs of the records, scored. Responses that do not fit the model are left out with their pairs."""
-    encoded = [encode_comparison(encoding, record, max_length=model.gpt.config.n_positions) for record in records]
-    fitting = [(record, c) for record, c in zip(records, encoded, strict=True) if c is not None]
-    require(len(fitting) > 0, "no pair of these comparisons can be compared by this model")
-    batch = pad([e for _, c in fitting for e in c.examples]).to(model.score.weight.device)
-    scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), batch, max_tokens).cpu().double().numpy()
-    margins, longer, sources, start = [], [], [], 0
-    for record, comparison in fitting:
-        names, count = record.get("sources", []), len(comparison.examples)
-        lengths = [len(example.response_ids) for example in comparison.examples]
-        for better, worse in comparison.pairs:
-            margins.append(scale * (scores[start + better] - scores[start + worse]))
-            longer.append(lengths[better] - lengths[worse])
-            sources.append(" and ".join(sorted((names[better], names[worse]))) if len(names) == count else "")
-        start += count
-    return Pairs(np.array(margins), np.array(longer), sources)
+    folder = scorer.folder
+    encoded = [encode_comparison(folder.encoding, record, max_length=folder.positions) for record in records]
+    comparisons = [c for c in encoded if c is not None]
+    require(len(comparisons) > 0, "no pair of these comparisons can be compared by this model")
+    names: list[str] = []  # of every response's source
+    for record, comparison in zip(records, encoded, strict=True):
+        count, sources = len(comparison.examples) if comparison else 0, record.get("sources", [])
+        names += sources if len(sources) == count else [""] * count
+    examples = [example for c in comparisons for example in c.examples]
+    scores = scorer.scores(pad(examples)).astype(np.float64)
+    lengths = np.array([len(example.response_ids) for example in examples])
+    better, worse = pair_numbers(comparisons).T.numpy()
+    both = [
+        " and ".join(sorted((names[i], names[j]))).removeprefix(" and ") for i, j in zip(better, worse, strict=True)
+    ]
+    return Pairs(scale * (scores[better] - scores[worse]), lengths[better] - lengths[worse], np.array(both))
 
 
-def bins_of(pairs: Pairs, count: int = BINS) -> list[dict[str, float]]:
+def accuracies(margins: np.ndarray, groups: Mapping[Any, np.ndarray]) -> dict[Any, dict[str, float]]:
+    """How many `pairs` are in each group, rows of `margins`, and the `accuracy` on them; empty groups are left out.
+
+    Right is a margin above 0; one of 0 is half right.
+    """
+    parts = {name: wins(margins[rows], 0.0) for name, rows in groups.items()}
+    return {name: {"pairs": len(part), "accuracy": float(part.mean())} for name, part in parts.items() if len(part)}
+
+
+def bins_of(margins: np.ndarray) -> list[dict[str, float]]:
     """Bins of equal width of the confidence, from 1/2 to 1; empty ones are left out."""
-    place = np.minimum(((pairs.confidence - 0.5) * 2 * count).astype(int), count - 1)
+    confidence = 1 / (1 + np.exp(-np.abs(margins)))  # the probability of the side that the model takes
+    place = np.minimum(((confidence - 0.5) * 2 * BINS).astype(int), BINS - 1)
     return [
-        {
-            "from": 0.5 + b / (2 * count),
-            "pairs": int((place == b).sum()),
-            "confidence": float(pairs.confidence[place == b].mean()),
-            "accuracy": float(pairs.correct[place == b].mean()),
-        }
-        for b in range(count)
-        if (place == b).any()
+        {"from": 0.5 + number / (2 * BINS), "confidence": float(confidence[place == number].mean())} | row
+        for number, row in accuracies(margins, {number: place == number for number in range(BINS)}).items()
     ]
 
 
@@ -135,42 +129,29 @@ def expected_calibration_error(bins: Sequence[dict[str, float]]) -> float:
 
 def summarise(pairs: Pairs) -> dict[str, Any]:
     """All figures as plain values."""
-    bins, sources = bins_of(pairs), np.array(pairs.sources)
-    thirds = np.array_split(np.argsort(np.abs(pairs.margins), kind="stable"), 3)
-    lengths = {name: (pairs.longer >= low) & (pairs.longer < high) for name, (low, high) in LENGTHS.items()}
-
-    def accuracies(groups: Mapping[str, np.ndarray]) -> dict[str, dict[str, float]]:
-        parts = {name: pairs.correct[rows] for name, rows in groups.items()}
-        return {name: {"pairs": len(part), "accuracy": float(part.mean())} for name, part in parts.items() if len(part)}
-
+    margins, bins, sources = pairs.margins, bins_of(pairs.margins), sorted({*pairs.sources.tolist()} - {""})
+    thirds = np.array_split(np.argsort(np.abs(margins), kind="stable"), 3)
+    lengths = np.digitize(pairs.longer, LENGTH_STARTS)
     return {
-        "pairs": len(pairs.margins),
-        "accuracy": float(pairs.correct.mean()),
-        "loss": float(np.logaddexp(0, -pairs.margins).mean()),
+        "pairs": len(margins),
+        "accuracy": float(wins(margins, 0.0).mean()),
+        "loss": float(np.logaddexp(0, -margins).mean()),
         "expected_calibration_error": expected_calibration_error(bins),
         "bins": bins,
-        "by_margin": accuracies(dict(zip(("small", "medium", "large"), thirds, strict=True))),
-        "by_length_of_the_better": accuracies(lengths),
-        "by_sources": accuracies({name: sources == name for name in sorted({*pairs.sources} - {""})}),
+        "by_margin": accuracies(margins, dict(zip(("small", "medium", "large"), thirds, strict=True))),
+        "by_length_of_the_better": accuracies(margins, {name: lengths == i for i, name in enumerate(LENGTHS)}),
+        "by_sources": accuracies(margins, {name: pairs.sources == name for name in sources}),
     }
 
 
 def table(summary: dict[str, Any]) -> str:
     """The summary as text."""
-    lines = [
-        f"{summary['pairs']} pairs: accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f}, "
-        f"expected calibration error {summary['expected_calibration_error']:.3f}",
-        "",
-        f"{'confidence':<24}{'pairs':>7}{'predicted':>11}{'accuracy':>10}",
-    ]
-    for b in summary["bins"]:
-        name = f"{b['from']:.2f} to {b['from'] + 0.5 / BINS:.2f}"
-        lines.append(f"{name:<24}{b['pairs']:>7}{b['confidence']:>11.1%}{b['accuracy']:>10.1%}")
-    titles = {"margin": "by_margin", "the better answer is": "by_length_of_the_better", "answers from": "by_sources"}
-    for title, key in titles.items():
-        lines += ["", f"{title:<24}{'pairs':>7}{'accuracy':>21}"] if summary[key] else []
-        lines += [f"{name:<24}{row['pairs']:>7}{row['accuracy']:>21.1%}" for name, row in summary[key].items()]
-    return "\n".join(lines)
+    head = f"{summary['pairs']} pairs: accuracy {summary['accuracy']:.1%}, loss {summary['loss']:.3f}, "
+    head += f"expected calibration error {summary['expected_calibration_error']:.3f}"
+    bins = {f"{b['from']:.2f} to {b['from'] + 0.5 / BINS:.2f}": b for b in summary["bins"]}
+    groups = {"confidence": bins, "margin": summary["by_margin"]}
+    groups |= {"the better answer is": summary["by_length_of_the_better"], "answers from": summary["by_sources"]}
+    return "\n\n".join([head, *(rows(group, COLUMNS, title) for title, group in groups.items() if group)])
 
 
 def plot(summary: dict[str, Any], path: Path) -> None:
@@ -191,14 +172,16 @@ def plot(summary: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def held_out_records(run: Path) -> list[Record]:
-    """The comparisons that training <run>/reward held out, as its run.json says."""
-    path = run / "reward" / "run.json"
+def records_of(config: Config) -> list[Record]:
+    """The comparisons that are named, or those that training <run>/reward held out, as its run.json says."""
+    if config.comparisons:
+        return data.load(config.comparisons, "pairs", split=config.split, columns=config.columns)
+    path = config.run / "reward" / "run.json"
     require(path.is_file(), f"{path}: no such file; train with train_reward.py, or give --comparisons")
-    config = read_json(path)["config"]
-    source = config["comparisons"] or run / "feedback" / "rankings.jsonl"
-    records = data.load(source, "pairs", split=config["split"], columns=config["columns"])
-    return split_by_prompt(records, share=config["validation_share"], seed=config["seed"])[1]
+    trained = read_json(path)["config"]
+    source = trained["comparisons"] or config.run / "feedback" / "rankings.jsonl"
+    records = data.load(source, "pairs", split=trained["split"], columns=trained["columns"])
+    return split_by_prompt(records, share=trained["validation_share"], seed=trained["seed"])[1]
 
 
 def scale_of(folder: Path) -> float:
@@ -212,13 +195,8 @@ def measure(config: Config) -> dict[str, Any]:
     """Measure and write <run>/calibration.json; returns the summary."""
     folder = ModelFolder.find(config.model or str(config.run / "reward" / "model"), RewardModel)
     scale = config.scale or scale_of(folder.path)
-    if config.comparisons:
-        records = data.load(config.comparisons, "pairs", split=config.split, columns=config.columns)
-    else:
-        records = held_out_records(config.run)
-    model = folder.load(RewardModel, resolve_device(config.device))
-    pairs = score_pairs(model, folder.encoding, records, scale=scale, max_tokens=config.micro_batch_tokens)
-    summary = summarise(pairs)
+    scorer = RewardScorer(folder, resolve_device(config.device), config.micro_batch_tokens)
+    summary = summarise(score_pairs(scorer, records_of(config), scale=scale))
     write_json(config.run / "calibration.json", summary)
     return summary
 

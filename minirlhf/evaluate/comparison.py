@@ -9,7 +9,6 @@ Writes `<out>/comparison.json`, whose names docs/glossary.md explains, and `<out
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +19,17 @@ import tyro
 
 from minirlhf import data
 from minirlhf.config import Count
-from minirlhf.encode import Record, encode_prompts
-from minirlhf.evaluate.evaluation import Answers, AnswersConfig, judged, measure, sample, with_texts
-from minirlhf.evaluate.judges import PARTS, JudgeModel, ModelFolder, RewardScorer, Sampled, find_judge
-from minirlhf.evaluate.statistics import against_judge, estimate, interval_of
-from minirlhf.evaluate.tables import SHARE, Column, rows, with_interval
-from minirlhf.evaluate.texts import RUDE_WORDS, WordList, distinct_n, self_overlap
-from minirlhf.evaluate.win_rate import Verdicts, length_controlled, presentations, verdicts, wins
+from minirlhf.encode import Record
+from minirlhf.evaluate.evaluation import AnswersConfig, Evaluator
+from minirlhf.evaluate.judges import Answers, JudgeModel, ModelFolder, verdicts
+from minirlhf.evaluate.statistics import against_judge, estimate_of, length_controlled, wins
+from minirlhf.evaluate.tables import FIGURES, rows
+from minirlhf.evaluate.texts import RUDE_WORDS, distinct_n, rude_words, self_overlap
 from minirlhf.files import write_json, write_records
 from minirlhf.model import GPT
 from minirlhf.reward import RewardModel
 from minirlhf.runs.checkpoint import require_writable
-from minirlhf.runtime import project_file, require, resolve_device
-from minirlhf.tokenizer import same_ids
+from minirlhf.runtime import project_file, require
 
 
 @dataclass
@@ -66,140 +63,69 @@ class Config(AnswersConfig):
 PRESETS = {"comparison": Config()}
 
 
-class Contest:
-    """The models, judges and prompts of a comparison, found and checked before a weight is read, and its measures.
+class Contest(Evaluator):
+    """The evaluation that the settings of a comparison name."""
 
-    Raises UserError where one of them does not fit the others.
-    """
+    config: Config
 
     def __init__(self, config: Config) -> None:
         example = "python -m minirlhf.evaluate runs/tiny/sft runs/tiny/ppo"
         require(len(config.models) > 1, f"evaluate: name two models or more, as in: {example}")
-        asks_both = config.judge_model is not None
         only = "is for a judge that sees both answers; give --judge-model"
-        require(asks_both or not config.instruction, f"--instruction: {only}")
-        require(asks_both or config.orders == "both", f"--orders: {only}")
+        require(config.judge_model is not None or not config.instruction, f"--instruction: {only}")
+        require(config.judge_model is not None or config.orders == "both", f"--orders: {only}")
         require_writable(config.out, flag="--out")
-        self.config, self.device = config, resolve_device(config.device)
-        machine = (self.device, config.micro_batch_tokens)
-        self.folders = {
-            name: ModelFolder.find(source, GPT)
-            for name, source in zip(short_names(config.models), config.models, strict=True)
-        }
-        self.baseline, first = next(iter(self.folders.items()))
-        records = data.load(config.prompts, "prompts", split=config.split)
-        self.prompts = [record["prompt"] for record in records[: config.max_prompts]]
-        self.words = WordList.read(config.rude_words)
-        self.spec = config.judge or (None if asks_both else "world")
-        self.judge = find_judge(self.spec, self.prompts, *machine) if self.spec else None
-        self.judge_model = self.reward = self.reference = None
-        if config.judge_model is not None:
-            folder = ModelFolder.find(config.judge_model, GPT, flag="--judge-model")
-            self.judge_model = JudgeModel(folder, config.instruction, *machine)
-        if config.reward_model is not None:
-            folder = ModelFolder.find(config.reward_model, RewardModel, flag="--reward-model")
-            self.reward = RewardScorer(folder, *machine)
-        if config.reference != "none":
-            self.reference = ModelFolder.find(config.reference, GPT, flag="--reference") if config.reference else first
-            for folder in self.folders.values():
-                same = same_ids(self.reference.encoding, folder.encoding)
-                where = f"{folder.path}: has not the tokenizer of {self.reference.path}"
-                require(same, f"{where}, so there is no KL between them; give --reference none")
-        self.room = self.room_for_prompts()
+        self.folders = [ModelFolder.find(source, GPT) for source in config.models]
+        records = data.load(config.prompts, "prompts", split=config.split)[: config.max_prompts]
+        self.rude = rude_words(config.rude_words)
+        asked = ModelFolder.find(config.judge_model, GPT, flag="--judge-model") if config.judge_model else None
+        proxy = (
+            ModelFolder.find(config.reward_model, RewardModel, flag="--reward-model") if config.reward_model else None
+        )
+        self.spec, source = config.judge or (None if asked else "world"), config.reference or config.models[0]
+        base = None if source == "none" else ModelFolder.find(source, GPT, flag="--reference")
+        self.reference_path = str(base.path) if base else None
+        prompts = [record["prompt"] for record in records]
+        super().__init__(config, prompts, self.folders, judge=self.spec, reward_model=proxy, reference=base)
+        tokens = config.micro_batch_tokens
+        self.judge_model = JudgeModel(asked, config.instruction, self.device, tokens) if asked else None
 
-    @functools.cached_property
-    def kl_model(self) -> GPT | None:
-        """The model that the KL is measured to."""
-        return self.reference.load(GPT, self.device) if self.reference else None
+    def won(self, outcomes: np.ndarray, longer: np.ndarray) -> dict[str, Any]:
+        """The win rate of (B,) outcomes, and what it would be at equal length; `longer` in tokens."""
+        won, length = (values.reshape(len(self.prompts), -1) for values in (outcomes, longer))
+        equal = estimate_of(lambda i: length_controlled(won[i], length[i]), len(won), seed=self.config.seed)
+        return {"win_rate": self.mean(outcomes), "length_controlled_win_rate": equal}
 
-    def room_for_prompts(self) -> int:
-        """Tokens of a prompt that every model has room for, and everything that reads the sampled ids."""
-        models, limit = list(self.folders.values()), self.config.max_new_tokens
-        readers = [reader.folder for reader in (self.judge, self.reward) if reader and reader.folder]
-        readers += [self.reference] if self.reference else []
-        models += [r for r in readers if any(same_ids(r.encoding, folder.encoding) for folder in models)]
-        smallest = min(models, key=lambda folder: folder.positions)
-        where = f"the context of {smallest.path}, {smallest.positions} tokens, leaves no room for a prompt"
-        require(smallest.positions > limit, f"--max-new-tokens {limit}: {where}")
-        return smallest.positions - limit
-
-    def sample(self, folder: ModelFolder) -> Sampled:
-        """A model's answers; a prompt that is too long has lost its start."""
-        ids = encode_prompts(folder.encoding, self.prompts, max_length=self.room)
-        model, eos_id = folder.load(GPT, self.device), folder.encoding.eot_token
-        samples = sample(model, ids, eos_id, self.config, count=self.config.samples)
-        return with_texts(samples, self.prompts, folder.encoding)
-
-    def measure(self, sampled: Sampled, baseline: Sampled) -> Answers:
-        """All that is measured about one model's answers."""
-        parts = self.judge.marks(sampled) if self.judge else np.zeros((len(sampled.texts), 0))
-        reward = self.reward(sampled) if self.reward else np.zeros(0)
-        answers = measure(sampled, parts, reward, self.kl_model, self.config)
-        if self.judge_model:
-            answers.verdicts = self.ask_both(self.judge_model, sampled, baseline)
-        return answers
-
-    def ask_both(self, judge: JudgeModel, sampled: Sampled, baseline: Sampled) -> Verdicts:
-        """The judge model's verdicts about every answer beside the baseline's."""
-        equal = [mine == other for mine, other in zip(sampled.texts, baseline.texts, strict=True)]
-        asked = presentations(equal, random=self.config.orders == "random", seed=self.config.seed)
-        questions = []
-        for pair, mine_first in asked:
-            both = (sampled.texts[pair], baseline.texts[pair])
-            questions.append((sampled.prompts[pair], *(both if mine_first else both[::-1])))
-        return verdicts(asked, judge.preferred(questions), len(equal))
-
-    def summarise(self, answers: Answers, baseline: Answers) -> dict[str, Any]:
-        """The row of one model: what was not asked for is not there, and what does not exist is None."""
-        count, seed = self.config.samples, self.config.seed
-        longer = (answers.lengths - baseline.lengths).reshape(-1, count)
-
-        def mean(values: np.ndarray) -> dict[str, Any]:
-            return estimate(values.astype(np.float64).reshape(-1, count), seed=seed)
-
-        def at_equal_length(outcomes: np.ndarray) -> dict[str, Any]:
-            won = outcomes.reshape(-1, count)
-            interval = interval_of(lambda i: length_controlled(won[i], longer[i]), len(won), seed=seed)
-            return {"mean": length_controlled(won, longer), "interval": interval}
-
-        row: dict[str, Any] = {}
+    def row(self, answers: Answers, baseline: Answers) -> dict[str, Any]:
+        """The figures of one model: what was not asked for is not there, and what does not exist is None."""
+        texts, longer = answers.texts, answers["length"] - baseline["length"]
+        row: dict[str, Any] = {name: self.mean(values) for name, values in answers.figures.items()}
+        row["eos_rate"] = row.pop("finished")
         if self.judge:
-            row |= judged(answers, baseline, self.judge.parts, count, seed)
-            row["length_controlled_win_rate"] = at_equal_length(wins(answers.parts[:, 0], baseline.parts[:, 0]))
-        if answers.verdicts:
-            v = answers.verdicts
-            row["judge_model"] = {
-                "win_rate": mean(v.outcomes),
-                "length_controlled_win_rate": at_equal_length(v.outcomes),
-            }
-            row["judge_model"] |= {"first_preferred": v.first_preferred, "contradictions": v.contradictions}
-        if answers.kl is not None:
-            row["kl"] = mean(answers.kl)
-        row |= {"length": mean(answers.lengths), "eos_rate": mean(answers.finished)}
-        row |= {f"distinct_{n}": distinct_n(answers.texts, n) for n in (1, 2)}
-        by_prompt = [answers.texts[i : i + count] for i in range(0, len(answers.texts), count)]
-        overlaps = np.array([[self_overlap(texts)] for texts in by_prompt]) if count > 1 else None
-        row["self_overlap"] = None if overlaps is None else estimate(overlaps, seed=seed)
-        row["rude"] = mean(np.array([bool(self.words.found(text)) for text in answers.texts]))
-        if self.reward:
-            row["reward"] = mean(answers.reward)
-            grids = (answers.reward.reshape(-1, count), answers.parts[:, :1].reshape(-1, count))
-            row |= against_judge(*grids, seed=seed) if self.judge else {}
+            row |= self.won(wins(answers["total"], baseline["total"]), longer)
+        if self.judge_model:
+            random, seed = self.config.orders == "random", self.config.seed
+            outcomes, habits = verdicts(self.judge_model, answers, baseline, random=random, seed=seed)
+            row["judge_model"] = self.won(outcomes, longer) | habits
+        row |= {f"distinct_{n}": distinct_n(texts, n) for n in (1, 2)}
+        by_prompt = [[texts[i] for i in numbers] for numbers in self.first(answers, self.config.samples)]
+        several = self.config.samples > 1
+        row["self_overlap"] = self.mean(np.array([self_overlap(each) for each in by_prompt])) if several else None
+        row["rude"] = self.mean(np.array([self.rude.search(text) is not None for text in texts]))
+        if self.reward and self.judge:
+            grids = (answers[name].reshape(len(self.prompts), -1) for name in ("reward", "total"))
+            row |= against_judge(*grids, seed=self.config.seed)
         return row
 
-    def records(self, name: str, answers: Answers) -> list[Record]:
-        """A record an answer, which other commands read as a demonstration."""
-        found = []
-        numbers = dict(zip(self.judge.parts, answers.parts.T, strict=True)) if self.judge else {}
-        numbers |= {"reward": answers.reward} if self.reward else {}
-        numbers |= {"kl": answers.kl} if answers.kl is not None else {}
-        for i, text in enumerate(answers.texts):
-            prompt, k = divmod(i, self.config.samples)
-            record = {"prompt": self.prompts[prompt], "response": text, "model": name, "sample": k}
-            record |= {"length": int(answers.lengths[i]), "finished": bool(answers.finished[i])}
-            record |= {name: float(values[i]) for name, values in numbers.items()}
-            found.append(record)
-        return found
+
+def records(name: str, answers: Answers, count: int) -> list[Record]:
+    """A record an answer, which other commands read as a demonstration."""
+    figures = {figure: values.tolist() for figure, values in answers.figures.items()}
+    return [
+        {"prompt": prompt, "response": text, "model": name, "sample": i % count}
+        | {figure: values[i] for figure, values in figures.items()}
+        for i, (prompt, text) in enumerate(zip(answers.prompts, answers.texts, strict=True))
+    ]
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
@@ -215,64 +141,34 @@ def short_names(sources: Sequence[str]) -> list[str]:
 
 def main(config: Config) -> dict[str, Any]:
     """Compare the models; returns the summary."""
-    contest = Contest(config)
-    measured: dict[str, Answers] = {}
+    contest, names = Contest(config), short_names(config.models)
+    every: list[Record] = []
+    models: dict[str, Any] = {}
     baseline = None
-    for name, folder in contest.folders.items():
-        sampled = contest.sample(folder)
-        baseline = baseline or sampled
-        measured[name] = contest.measure(sampled, baseline)
-    first = measured[contest.baseline]
+    for name, folder in zip(names, contest.folders, strict=True):
+        sampled = contest.sample(folder.load(GPT, contest.device), folder.encoding, count=config.samples)
+        answers = contest.measure(sampled)
+        baseline = baseline or answers
+        models[name] = {"folder": str(folder.path), **contest.row(answers, baseline)}
+        every += records(name, answers, config.samples)
     summary = {
         "prompts": len(contest.prompts),
         "samples": config.samples,
         "seed": config.seed,
         "judge": contest.spec,
-        "baseline": contest.baseline,
-        "reference": str(contest.reference.path) if contest.reference else None,
-        "models": {
-            name: {"folder": str(folder.path), **contest.summarise(measured[name], first)}
-            for name, folder in contest.folders.items()
-        },
+        "baseline": names[0],
+        "reference": contest.reference_path,
+        "models": models,
     }
     write_json(config.out / "comparison.json", summary)
-    every = [record for name, answers in measured.items() for record in contest.records(name, answers)]
     write_records(config.out / "answers.jsonl", every)
     print(table(summary))
     return summary
 
 
-TABLES = (
-    [*with_interval("judge", "total"), *(Column(part, part) for part in PARTS[1:])],
-    [
-        *with_interval("win rate", "win_rate", SHARE),
-        *with_interval("at equal length", "length_controlled_win_rate", SHARE),
-    ],
-    [
-        *with_interval("judge model: win rate", "judge_model.win_rate", SHARE),
-        *with_interval("at equal length", "judge_model.length_controlled_win_rate", SHARE),
-        Column("first preferred", "judge_model.first_preferred", SHARE),
-        Column("contradictions", "judge_model.contradictions", SHARE),
-    ],
-    [
-        *with_interval("KL", "kl"),
-        Column("length", "length", "{:.1f}"),
-        Column("EOS", "eos_rate", SHARE),
-        *(Column(f"distinct-{n}", f"distinct_{n}", "{:.3f}") for n in (1, 2)),
-        Column("self-overlap", "self_overlap"),
-        Column("rude", "rude", "{:.1%}"),
-    ],
-    [
-        *with_interval("reward", "reward"),
-        *with_interval("correlation with judge", "reward_correlation"),
-        *with_interval("pairs as the judge", "reward_agreement", SHARE),
-    ],
-)
-
-
 def table(summary: dict[str, Any]) -> str:
     """All tables that have a figure, and what they are about."""
-    parts = [lines for columns in TABLES if (lines := rows(summary["models"], columns))]
+    parts = [lines for columns in FIGURES if (lines := rows(summary["models"], columns))]
     count = f"{summary['samples']} answer{'s' if summary['samples'] > 1 else ''} each"
     foot = f"{summary['prompts']} prompts, {count}; wins are against {summary['baseline']}; length in tokens"
     foot += f"; KL to {summary['reference']} in nats an answer" if summary["reference"] else ""

@@ -12,10 +12,8 @@ Left out: partial credit for the way to the answer. The reward says what is want
 
 from __future__ import annotations
 
-import ast
-import operator
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from fractions import Fraction
 
 from minirlhf import data
@@ -33,28 +31,18 @@ def final_answer(text: str) -> Fraction | None:
     return Fraction(found[-1].replace(",", "")) if found else None
 
 
-OPERATORS: dict[type, Callable[[Fraction, Fraction], Fraction]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-}
 EXPRESSION = re.compile(r"-?\d+(?: *[-+*] *-?\d+)+")
 
 
 def work_out(expression: str) -> Fraction:
     """The value of sums, differences and products of whole numbers, e.g. 3 + 4 * 5."""
-
-    def value(node: ast.AST) -> Fraction:
-        match node:
-            case ast.Constant(value=int(number)):
-                return Fraction(number)
-            case ast.UnaryOp(operand=operand):  # the one sign that EXPRESSION lets through
-                return -value(operand)
-            case ast.BinOp(left=left, op=sign, right=right):
-                return OPERATORS[type(sign)](value(left), value(right))
-        raise ValueError(f"not arithmetic: {expression}")
-
-    return value(ast.parse(expression, mode="eval").body)
+    total, product = 0, 0
+    for sign, number in re.findall(r"([-+*]?) *(-?\d+)", expression):
+        if sign == "*":
+            product *= int(number)
+        else:
+            total, product = total + product, -int(number) if sign == "-" else int(number)
+    return Fraction(total + product)
 
 
 def arithmetic(prompts: list[str], responses: list[str]) -> list[float]:
@@ -66,8 +54,7 @@ def arithmetic(prompts: list[str], responses: list[str]) -> list[float]:
     for prompt, response in zip(prompts, responses, strict=True):
         found = EXPRESSION.findall(prompt)
         require(bool(found), f"no arithmetic in the prompt {prompt!r:.60}: this reward is for prompts like 12 + 7 - 3")
-        plain = re.sub(r"\b0+(?=\d)", "", found[-1])  # 007 is a number here, not a mistake
-        scores.append(float(final_answer(response) == work_out(plain)))
+        scores.append(float(final_answer(response) == work_out(found[-1])))
     return scores
 
 
@@ -92,10 +79,7 @@ class AnswerKey:
         return cls((r["prompt"], r["response"]) for r in data.load(source, "demonstrations", split=split))
 
     def __call__(self, prompts: list[str], responses: list[str]) -> list[float]:
-        for prompt in prompts:
-            known = prompt in self.answers
-            require(known, f"no known answer to the prompt {prompt!r:.60}; was it cut to fit the model?")
-        return [
-            float(final_answer(response) == self.answers[prompt])
-            for prompt, response in zip(prompts, responses, strict=True)
-        ]
+        strange = next((prompt for prompt in prompts if prompt not in self.answers), None)
+        require(strange is None, f"no known answer to the prompt {strange!r:.60}; was it cut to fit the model?")
+        pairs = zip(prompts, responses, strict=True)
+        return [float(final_answer(response) == self.answers[prompt]) for prompt, response in pairs]

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,13 +25,14 @@ from minirlhf import reward_functions, tokenizer
 from minirlhf.batch import Batch, Example, over_micro_batches, pad
 from minirlhf.data.formats import message_prompt
 from minirlhf.encode import encode_example, encode_prompt
+from minirlhf.evaluate.statistics import wins
 from minirlhf.generate import Samples
 from minirlhf.hf.folder import read_settings
 from minirlhf.hf.hub import model_folder, weight_files
 from minirlhf.model import GPT, read_config
 from minirlhf.reward import RewardModel
-from minirlhf.runtime import UserError, require
-from minirlhf.world import judge
+from minirlhf.runtime import Stream, require
+from minirlhf.world import judge, questions
 
 M = TypeVar("M", GPT, RewardModel)
 PARTS = ("total", "helpful", "honest", "harmless")
@@ -40,12 +41,6 @@ ARCHITECTURES = {
     RewardModel: ("GPT2ForSequenceClassification", "a reward model"),
 }
 QUESTIONS = 128  # asked at a time
-
-
-def judge_parts(prompt: str, response: str) -> tuple[float, float, float, float]:
-    """The embedded world's judge as (total, helpful, honest, harmless)."""
-    j = judge(prompt, response)
-    return j.total, j.helpful, j.honest, j.harmless
 
 
 # ------------------------------------------------------------------------------------------------------------- folders
@@ -82,35 +77,45 @@ class ModelFolder:
 
 # ------------------------------------------------------------------------------------------- judges of a single answer
 @dataclass(frozen=True)
-class Sampled:
-    """B answers of one model, as texts without EOS and as they were sampled.
+class Answers:
+    """B answers of one model, as texts without EOS and as they were sampled, and what was measured about them.
 
     prompts  B whole texts; in `samples` those that are too long have lost their start
+    figures  (B,) each, see `Evaluator.measure`; empty before
     """
 
     prompts: list[str]
     texts: list[str]
     samples: Samples
     encoding: tiktoken.Encoding
+    figures: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.figures[name]
+
+    def rows(self, index: np.ndarray) -> Answers:
+        """The answers with these numbers, in the order of `index`, of any shape; not measured."""
+        index = index.ravel()
+        prompts, texts = ([every[i] for i in index] for every in (self.prompts, self.texts))
+        place = torch.from_numpy(index).to(self.samples.tokens.device)
+        return Answers(prompts, texts, self.samples.rows(place), self.encoding)
 
 
-@dataclass(frozen=True)
-class Judge:
-    """`marks(sampled)` -> (B, parts), of which the first decides who wins.
+Marks = dict[str, np.ndarray]  # (B,) each by the judge's parts; `total` decides who wins
+Judge = Callable[[Answers], Marks]
 
-    folder  where the judge is a model
-    """
 
-    parts: tuple[str, ...]
-    marks: Callable[[Sampled], np.ndarray]
-    folder: ModelFolder | None = None
+def world_marks(prompts: Sequence[str], texts: Sequence[str]) -> Marks:
+    """The parts of the embedded world's judge."""
+    every = [judge(prompt, text) for prompt, text in zip(prompts, texts, strict=True)]
+    return {part: np.array([getattr(each, part) for each in every]) for part in PARTS}
 
 
 @dataclass(frozen=True)
 class RewardScorer:
-    """A reward model as a function of answers: `scorer(sampled)` -> (B,) scores.
+    """A reward model as a function of answers: `scorer(answers)` -> (B,) scores.
 
-    Sampled ids are scored as they were sampled; where the reward model has another tokenizer, the texts are, with its
+    Answers ids are scored as they were sampled; where the reward model has another tokenizer, the texts are, with its
     EOS after those that ended. Raises UserError where an answer does not fit it.
     """
 
@@ -122,54 +127,52 @@ class RewardScorer:
     def model(self) -> RewardModel:
         return self.folder.load(RewardModel, self.device)
 
-    def __call__(self, sampled: Sampled) -> np.ndarray:
-        own = tokenizer.same_ids(self.folder.encoding, sampled.encoding)
-        return self.scores(sampled.samples if own else self.encoded(sampled))
+    def __call__(self, answers: Answers) -> np.ndarray:
+        same = tokenizer.same_ids(self.folder.encoding, answers.encoding)
+        return self.scores(answers.samples if same else self.encoded(answers))
 
     def scores(self, batch: Batch) -> np.ndarray:
         """(B,) scores of a batch in the reward model's own tokens."""
-        batch = batch.to(self.device)
-        scores = over_micro_batches(lambda part: self.model(part.tokens, part.lengths), batch, self.micro_batch_tokens)
+        model, batch = self.model, batch.to(self.device)
+        scores = over_micro_batches(lambda part: model(part.tokens, part.lengths), batch, self.micro_batch_tokens)
         finite = bool(torch.isfinite(scores).all())
         require(finite, f"{self.folder.path}: gave a score that is not a finite number; its weights are damaged")
-        return scores.cpu().double().numpy()
+        return scores.cpu().float().numpy()
 
-    def encoded(self, sampled: Sampled) -> Batch:
+    def encoded(self, answers: Answers) -> Batch:
         """The answers in the reward model's own tokens."""
-        encoding, rows = self.folder.encoding, []
-        for prompt, text, ended in zip(sampled.prompts, sampled.texts, sampled.samples.finished.tolist(), strict=True):
-            ids = tokenizer.encode(encoding, text) + [encoding.eot_token] * ended
-            row = encode_example(encoding, prompt, ids, max_length=self.folder.positions)
-            if row is None:
-                raise UserError(
-                    f"{self.folder.path}: an answer of {len(ids)} tokens does not fit; lower --max-new-tokens"
-                )
-            rows.append(row)
-        return pad(rows)
+        encoding, room = self.folder.encoding, self.folder.positions
+        each = zip(answers.prompts, answers.texts, answers.samples.finished.tolist(), strict=True)
+        rows = [
+            encode_example(encoding, p, tokenizer.encode(encoding, t) + [encoding.eot_token] * ended, max_length=room)
+            for p, t, ended in each
+        ]
+        fitting = [row for row in rows if row is not None]
+        fits = len(fitting) == len(rows)
+        require(fits, f"{self.folder.path}: an answer does not fit its {room} tokens; lower --max-new-tokens")
+        return pad(fitting)
 
 
-def find_judge(spec: str, prompts: Sequence[str], device: torch.device, micro_batch_tokens: int) -> Judge:
-    """The judge that `world`, `package.module:function` or a reward model's folder names; else UserError."""
+def find_judge(
+    spec: str | None, prompts: Sequence[str], device: torch.device, micro_batch_tokens: int
+) -> tuple[Judge | None, list[ModelFolder]]:
+    """The judge that `world`, `package.module:function` or a reward model's folder names, and the model, if it is one.
+
+    None is no judge. Raises UserError where there is no such judge, or it cannot judge answers to these prompts.
+    """
+    if spec is None:
+        return None, []
     if spec == "world":
-        _require_world(prompts)
-        return Judge(PARTS, lambda s: np.array([judge_parts(p, t) for p, t in zip(s.prompts, s.texts, strict=True)]))
+        strange = next((prompt for prompt in prompts if prompt not in questions()), None)
+        where = f"--judge world: {strange!r:.60} is no prompt of the embedded world"
+        require(strange is None, f"{where}; give --judge a function or a reward model")
+        return lambda answers: world_marks(answers.prompts, answers.texts), []
     if ":" in spec and not Path(spec).exists():
         function, where = reward_functions.load(spec, flag="--judge"), f"--judge {spec}"
-        return Judge(
-            PARTS[:1],
-            lambda s: np.array(reward_functions.scores_of(function, s.prompts, s.texts, where=where))[:, None],
-        )
+        scores_of = reward_functions.scores_of
+        return lambda answers: {"total": np.array(scores_of(function, answers.prompts, answers.texts, where=where))}, []
     scorer = RewardScorer(ModelFolder.find(spec, RewardModel, flag="--judge"), device, micro_batch_tokens)
-    return Judge(PARTS[:1], lambda s: scorer(s)[:, None], scorer.folder)
-
-
-def _require_world(prompts: Sequence[str]) -> None:
-    advice = "give --judge a function or a reward model"
-    for prompt in prompts:
-        try:
-            judge(prompt, "")
-        except ValueError as error:
-            raise UserError(f"--judge world: {prompt!r:.60} is no prompt of the embedded world; {advice}") from error
+    return lambda answers: {"total": scorer(answers)}, [scorer.folder]
 
 
 # ------------------------------------------------------------------------------------- judges that see two answers
@@ -204,32 +207,53 @@ class JudgeModel:
 
     def preferred(self, questions: Sequence[tuple[str, str, str]]) -> list[float]:
         """Probability that the answer shown first is the better one, for each (prompt, first, second)."""
-        shares, cut = self.ask(questions)
-        if cut:
-            where = f"to fit the judge's {self.folder.positions} tokens"
-            print(f"{cut} of {len(questions)} questions to the judge model lost their start {where}")
-        return shares
-
-    def ask(self, questions: Sequence[tuple[str, str, str]]) -> tuple[list[float], int]:
-        """`preferred`, and how many questions lost their start."""
+        encoding, positions, model = self.folder.encoding, self.folder.positions, self.model
+        verdicts = [tokenizer.encode(encoding, verdict) for verdict in VERDICTS]  # no EOS: how it ends is no verdict
+        room = positions - max(map(len, verdicts))
+        require(room > 0, f"the judge's context of {positions} tokens is too short for a verdict")
+        asked = [encode_prompt(encoding, comparison_text(*q, instruction=self.instruction)) for q in questions]
+        if cut := sum(len(ids) > room for ids in asked):
+            where = f"to fit the judge's {positions} tokens"
+            print(f"{cut} of {len(asked)} questions to the judge model lost their start {where}")
         shares: list[float] = []
-        cut = 0
-        for start in range(0, len(questions), QUESTIONS):
-            rows = [row for asked in questions[start : start + QUESTIONS] for row in self._rows(*asked)]
-            batch = pad(rows).to(self.device)
+        for start in range(0, len(asked), QUESTIONS):
+            # Both verdicts follow the same tokens: else they would answer different questions.
+            rows = [Example(ids[-room:], v) for ids in asked[start : start + QUESTIONS] for v in verdicts]
             logprobs = over_micro_batches(
-                lambda part: self.model.logprobs(part.tokens, part.mask).sum(dim=1), batch, self.micro_batch_tokens
+                lambda part: model.logprobs(part.tokens, part.mask).sum(dim=1),
+                pad(rows).to(self.device),
+                self.micro_batch_tokens,
             )
             shares += torch.softmax(logprobs.view(-1, 2).cpu().double(), dim=1)[:, 0].tolist()
-            cut += sum(row.cut > 0 for row in rows[::2])
-        return shares, cut
+        return shares
 
-    def _rows(self, prompt: str, first: str, second: str) -> list[Example]:
-        """The question with each verdict. No EOS follows: how a model ends is not its verdict."""
-        encoding, room = self.folder.encoding, self.folder.positions
-        verdicts = [tokenizer.encode(encoding, verdict) for verdict in VERDICTS]
-        longest = max(map(len, verdicts))
-        require(longest < room, f"the judge's context of {room} tokens is too short for a verdict")
-        # Both lose the same tokens where they do not fit: else they would answer different questions.
-        ids = encode_prompt(encoding, comparison_text(prompt, first, second, instruction=self.instruction))
-        return [Example(ids[longest - room :], verdict, cut=max(0, len(ids) + longest - room)) for verdict in verdicts]
+
+def verdicts(
+    judge_model: JudgeModel, answers: Answers, baseline: Answers, *, random: bool, seed: int
+) -> tuple[np.ndarray, dict[str, float | None]]:
+    """(B,) outcomes of the answers against the baseline's by a judge that sees both, and the judge's habits.
+
+    random  each pair in one order, drawn for it alone; else in both, and the outcome is the mean. Equal texts tie:
+            nothing is asked
+    `first_preferred` is the share of questions in which the answer shown first won, ties half: 1/2 without a habit.
+    `contradictions` is the share of pairs, asked in both orders, on which the judge took the same place twice.
+    They are None where no question was asked, or none in both orders.
+    """
+    both = list(zip(answers.texts, baseline.texts, strict=True))
+    pairs = np.flatnonzero([mine != theirs for mine, theirs in both])
+    drawn = np.random.default_rng((seed, Stream.EVALUATION, 0)).integers(2, size=len(both))[pairs, None]
+    mine_first = drawn if random else np.tile([1, 0], (len(pairs), 1))  # (pairs, orders)
+    questions = [
+        (answers.prompts[i], *(both[i] if first else both[i][::-1]))
+        for i, orders in zip(pairs, mine_first, strict=True)
+        for first in orders
+    ]
+    won = wins(np.array(judge_model.preferred(questions)).reshape(mine_first.shape), 0.5)
+    points = np.where(mine_first, won, 1 - won)
+    outcomes = np.full(len(both), 0.5)
+    outcomes[pairs] = points.mean(axis=1)
+    contradicting = np.abs(points[:, 0] - points[:, -1]) == 1
+    return outcomes, {
+        "first_preferred": float(won.mean()) if len(pairs) else None,
+        "contradictions": float(contradicting.mean()) if len(pairs) and not random else None,
+    }

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -67,30 +67,20 @@ def _overlap(own: Sequence[Counter], others: Sequence[Sequence[Counter]]) -> flo
     return float(np.mean(precisions))
 
 
-class WordList:
-    """`words.found(text)`: the entries' occurrences in a text, whole words in any case, as they stand there.
+def rude_words(path: Path) -> re.Pattern[str]:
+    """A pattern that finds the words of a list in a text, whole words in any case, as they stand there.
 
-    entries  words or phrases; a `*` at the end of one stands for any ending
+    path  a text file with a word or phrase a line; a `*` at the end of one stands for any ending. Blank lines and lines
+          that begin with `#` do not count
+    Raises UserError where there is no such file, no word, or an entry without letters.
     """
-
-    def __init__(self, entries: Iterable[str]) -> None:
-        either = "|".join(
-            r"\s+".join(map(re.escape, entry.removesuffix("*").split())) + (r"\w*" if entry.endswith("*") else "")
-            for entry in entries
-        )
-        self._pattern = re.compile(rf"(?<!\w)(?:{either})(?!\w)", re.IGNORECASE)
-
-    @classmethod
-    def read(cls, path: Path) -> WordList:
-        """From a text file with an entry a line; blank lines and lines that begin with `#` do not count."""
-        require(path.is_file(), f"{path}: no such file; give a text file with a word or phrase a line")
-        lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
-        entries = [line for line in lines if line and not line.startswith("#")]
-        require(bool(entries), f"{path}: no words; write one a line")
-        bare = next((entry for entry in entries if not entry.removesuffix("*").strip()), None)
-        require(bare is None, f"{path}: the entry {bare!r} stands for every word; write letters before the *")
-        return cls(entries)
-
-    def found(self, text: str) -> list[str]:
-        """What of the list occurs in a text, in order."""
-        return self._pattern.findall(text)
+    require(path.is_file(), f"{path}: no such file; give a text file with a word or phrase a line")
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    entries = [line for line in lines if line and not line.startswith("#")]
+    require(bool(entries), f"{path}: no words; write one a line")
+    patterns = []
+    for entry in entries:
+        words = [re.escape(word) for word in entry.removesuffix("*").split()]
+        require(bool(words), f"{path}: the entry {entry!r} stands for every word; write letters before the *")
+        patterns.append(r"\s+".join(words) + (r"\w*" if entry.endswith("*") else ""))
+    return re.compile(rf"(?<!\w)(?:{'|'.join(patterns)})(?!\w)", re.IGNORECASE)

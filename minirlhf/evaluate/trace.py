@@ -16,7 +16,7 @@ import tiktoken
 
 from minirlhf import data, distributed
 from minirlhf.encode import encode_prompt
-from minirlhf.evaluate.judges import PARTS, judge_parts
+from minirlhf.evaluate.judges import world_marks
 from minirlhf.files import read_records, write_records
 from minirlhf.model import GPT
 from minirlhf.ops import kl_k1
@@ -69,8 +69,8 @@ class Trace:
             max_tokens=MAX_TOKENS,
         )
         texts = [response_text(encoding, ids) for ids in rollout.response_ids()]
-        parts = zip(*(judge_parts(prompt, text) for prompt, text in zip(self.prompts, texts, strict=True)), strict=True)
-        marks = dict(zip(("judge", *PARTS[1:]), parts, strict=True))
+        marks = {part: values.tolist() for part, values in world_marks(self.prompts, texts).items()}
+        marks = {"judge": marks.pop("total"), **marks}
         return {
             "kl": kl_k1(rollout.old_logprobs, rollout.ref_logprobs).sum(dim=1).mean().item(),
             "reward": rollout.scores.mean().item(),
