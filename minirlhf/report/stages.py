@@ -103,7 +103,7 @@ def curves(runs: Sequence[Run]) -> list[Block]:
     """One part for each kind of stage that has begun."""
     about = (
         "Shaded: the healthy range. What a number means and what to suspect outside of its range is in "
-        "docs/glossary.md. Long curves are means of neighbouring steps; the end is the mean of the last tenth."
+        "docs/metrics.md. Long curves are means of neighbouring steps; the end is the mean of the last tenth."
     )
     blocks = [quiet(about)]
     for kind, (title, _) in KINDS.items():
