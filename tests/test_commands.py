@@ -33,7 +33,8 @@ from minirlhf.config import run_script
 from minirlhf.files import write_records
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "log.md")]
+PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "log.md")]
+PAGES += [ROOT / "CONTRIBUTING.md"]
 PROGRAMS = ("python", "python3", "torchrun", "make", ".venv/bin/python", ".venv/bin/pip")
 # Settings that make a run long, and what they are here; those that a command gives keep its value.
 SMALL = {
