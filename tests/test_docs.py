@@ -197,6 +197,21 @@ def test_the_map_of_the_readme_has_every_room() -> None:
     assert rooms - told == set() and {"studies/", "benchmarks/", "tests/", "data/", "docs/"} <= told
 
 
+def numbers_of(text: str) -> set[float]:
+    """All numbers of a text, without their signs."""
+    return {float(number.replace(",", "")) for number in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)}
+
+
+def test_every_figure_of_the_readmes_results_stands_on_the_page_beside_it() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| ") and "](" in line]
+    assert len(rows) >= 10
+    for _, what, result, page, _ in rows:
+        target = re.search(r"\]\(([^)#]+)", page)[1]
+        missing = numbers_of(result) - numbers_of((ROOT / target).read_text(encoding="utf-8"))
+        assert not missing, f"{what.strip()}: {missing} not in {target}"
+
+
 def test_the_reading_list_of_the_readme_knows_how_long_a_file_is() -> None:
     rows = re.findall(r"^\d+\. `([\w/.]+)`, (\d+) lines, (\d+) minutes", (ROOT / "README.md").read_text("utf-8"), re.M)
     assert len(rows) == 10
