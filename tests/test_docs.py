@@ -53,10 +53,12 @@ def kind_of(files: tuple[str, ...]) -> str:
 
 def with_ranges(page: str) -> str:
     """The page with the ranges and the advice of healthy.csv in its tables; advice given above in a table is named."""
-    kind, above, lines = "", {}, []
+    kind, above, columns, lines = "", {}, 0, []
     for line in page.splitlines():
         if line.startswith("## "):
             kind, above = kind_of(files_of(line)), {}
+        if line.startswith("| name |"):
+            columns = line.count("|") - 1
         if row := ROW.fullmatch(line):
             names = re.findall(r"\w+", row[1])
             found = [(name, HEALTHY[kind, name]) for name in names if (kind, name) in HEALTHY]
@@ -64,7 +66,7 @@ def with_ranges(page: str) -> str:
             for name, metric in found:
                 cells.append(f"as `{above[metric.advice]}`" if metric.advice in above else metric.advice)
                 above |= {} if not metric.advice else {metric.advice: above.get(metric.advice, name)}
-            line = f"| {' | '.join(cells)}".rstrip(" |") + " |"
+            line = f"| {' | '.join(cells[: max(columns, 2)])}".rstrip(" |") + " |"
         lines.append(line)
     return "\n".join(lines) + "\n"
 
