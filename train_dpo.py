@@ -55,7 +55,7 @@ class Config(TrainConfig):
     epochs: Positive = 3.0
     """Passes over the prompts."""
     batch_size: Count = 32
-    """Prompts an optimizer step, each with all its pairs."""
+    """Prompts per optimizer step, each with all its pairs."""
     beta: Positive = 1.0
     """How strongly the policy is held to the reference, per nat; smaller moves further."""
     label_smoothing: Smoothing = 0.0
@@ -155,7 +155,7 @@ def main(config: Config) -> Path:
         return stage.show(
             supervised_plan(config, total_steps, shape, train, validation, frozen=(shape,), scored=scored)
         )
-    policy = GPT.from_pretrained(folder).to(device)
+    policy = GPT.from_pretrained(folder).full_precision().to(device)
     policy.gradient_checkpointing = config.gradient_checkpointing
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     state = State(policy, adamw(policy, learning_rate=config.learning_rate))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from minirlhf import data, distributed, grpo, ops, ppo, reward_functions
-from minirlhf.batch import Example, batch_indices, own_micro_batches, require_batch, shuffled
+from minirlhf.batch import Example, batch_indices, local_micro_batches, require_batch, shuffled
 from minirlhf.config import (
     Count,
     Finite,
@@ -62,22 +62,22 @@ class Config(SamplingConfig, TrainConfig):
     iterations: Count = 32
     """Rollouts."""
     rollout_size: Count = 128
-    """Responses a rollout: `group_size` to each prompt."""
+    """Responses per rollout, `group_size` to each prompt."""
     advantages: Literal["gae", "rloo", "grpo", "grpo-no-std", "reinforce"] = "gae"
     """How advantages are estimated: by a value model (gae), against the other responses to the prompt (rloo, grpo, and
     grpo without the division by their deviation), or against a running mean of the rewards (reinforce)."""
     group_size: Count = 1
     """Responses to each prompt of a rollout; at least 2 where they are compared with each other."""
     baseline_decay: Fraction = 0.9
-    """What reinforce's running mean keeps of earlier rollouts, a rollout."""
+    """Share of itself that reinforce's running mean keeps at each rollout."""
     epochs: Count = 4
     """Passes over each rollout."""
     minibatches: Count = 4
-    """Optimizer steps an epoch."""
+    """Optimizer steps per epoch."""
     beta: NotNegative = 0.1
-    """Coefficient of the KL penalty, in units of the reward a nat. Initial value where `kl_target` is set."""
+    """Coefficient of the KL penalty, in units of the reward per nat. Initial value where `kl_target` is set."""
     kl_target: Positive | None = None
-    """KL to the reference in nats a response that an adaptive beta steers to; by default beta stays fixed."""
+    """KL to the reference in nats per response that an adaptive beta steers to; by default beta stays fixed."""
     kl_horizon: Positive = 10_000
     """Responses over which the adaptive beta moves."""
     kl_in: Literal["reward", "loss"] = "reward"
@@ -85,7 +85,7 @@ class Config(SamplingConfig, TrainConfig):
     kl_estimator: Literal["k2", "k3"] = "k2"
     """Of the KL in the loss: k2 has the gradient of KL(pi || ref), k3 (GRPO's) that of KL(ref || pi)."""
     ptx_coefficient: NotNegative = 0.0
-    """PPO-ptx: weight of the negative log-likelihood of `ptx_data` a token, added to the policy's loss."""
+    """PPO-ptx: weight of the negative log-likelihood per token of `ptx_data`, added to the policy's loss."""
     ptx_data: str | None = None
     """Demonstrations or texts of PPO-ptx, as `--train` of train_sft.py; each step takes as many as of its minibatch."""
     gamma: Fraction = 1.0
@@ -105,7 +105,7 @@ class Config(SamplingConfig, TrainConfig):
     whiten_rewards: bool = False
     """Scale the rewards of a rollout to deviation 1, keeping their mean."""
     stop_kl: Positive | None = None
-    """End an iteration's epochs early once the approximate KL to the old policy exceeds this, in nats a token."""
+    """End an iteration's epochs early once the approximate KL to the old policy exceeds this, in nats per token."""
     learning_rate: NotNegative = 2e-4
     """Initial learning rate of the policy's AdamW."""
     value_learning_rate: NotNegative = 5e-4
@@ -130,7 +130,7 @@ PRESETS = {
         preset="gpt2",
         run=Path("runs/gpt2"),
         iterations=400,
-        rollout_size=512,  # Ziegler et al. 2019 and Huang et al. 2024: 512 episodes a rollout
+        rollout_size=512,  # Ziegler et al. 2019 and Huang et al. 2024: 512 episodes per rollout
         max_new_tokens=64,
         beta=0.05,  # Huang et al. 2024 (arXiv 2403.17031), for TL;DR; 0.15 adaptive in Ziegler et al. 2019
         learning_rate=1e-5,  # Ziegler et al. 2019, released code, for GPT-2 small
@@ -181,12 +181,12 @@ def train_step(
     parts: list[dict[str, Tensor]] = []
     for _, _, optimizer in state.trained:
         optimizer.zero_grad(set_to_none=True)
-    for rows in own_micro_batches(minibatch.lengths, max_tokens):
+    for rows in local_micro_batches(minibatch.lengths, max_tokens):
         part = minibatch.rows(rows)
-        seen, old = (part.tokens, part.mask), (part.old_logprobs, part.advantages, part.mask)
+        inputs, old = (part.tokens, part.mask), (part.old_logprobs, part.advantages, part.mask)
 
         # The policy's clipped loss. Schulman et al. 2017, eq. 7; docs/equations.md#ppo
-        logprobs, entropy = state.policy.logprobs_and_entropy(*seen, temperature=config.temperature)  # (b, t-1) each
+        logprobs, entropy = state.policy.logprobs_and_entropy(*inputs, temperature=config.temperature)  # (b, t-1) each
         policy_loss = ppo.policy_loss(logprobs, *old, clip=clip, denominator=tokens)
         values = {
             "policy_loss": policy_loss.detach(),
@@ -201,7 +201,7 @@ def train_step(
 
         # The value model's, apart: one model's activations are in memory at a time. docs/equations.md#ppo
         if state.value_model is not None:
-            predicted, targets = state.value_model(*seen), (part.values, part.returns, part.mask)  # (b, t-1) each
+            predicted, targets = state.value_model(*inputs), (part.values, part.returns, part.mask)  # (b, t-1) each
             value_loss = ppo.value_loss(predicted, *targets, clip=value_clip, denominator=tokens)
             values |= ppo.value_diagnostics(predicted, *targets, clip=value_clip, denominator=tokens)
             values["value_loss"] = value_loss.detach()
@@ -244,7 +244,7 @@ def sample_rollout(
 
 
 def response_advantages(state: State, rewards: Tensor, rollout: Rollout, config: Config) -> Tensor:
-    """(B, T-1) advantages without a value model: one a response, of its summed rewards, at each of its tokens alike."""
+    """(B, T-1) advantages without a value model: each response has one, of its summed rewards, at all of its tokens."""
     rewards, groups = rewards.sum(dim=1), rollout.groups  # (B,)
     match config.advantages:  # docs/equations.md#ppo-without-a-value-model
         case "rloo":
@@ -296,7 +296,7 @@ def check_settings(config: Config) -> None:
     require(config.rollout_size % k == 0, f"--group-size {k}: must divide --rollout-size {config.rollout_size}")
     many = f"--minibatches {config.minibatches}: more than the {config.rollout_size} rows of a rollout"
     require(config.minibatches <= config.rollout_size, many)
-    whole = f"is for rewards a token, and --advantages {name} has one a response; leave it out, or use gae"
+    whole = f"is for rewards per token, and --advantages {name} has one per response; leave it out, or use gae"
     require(name == "gae" or config.gamma == 1, f"--gamma {config.gamma}: {whole}")
     require(name == "gae" or not config.whiten_rewards, f"--whiten-rewards: {whole}")
     plain = f"--no-whiten-advantages: --advantages {name} does not whiten them in any case; leave it out"
@@ -347,7 +347,7 @@ def observers(config: Config, observe: Observer | None) -> Observer:
     if config.trace_every:
         every.append(reward_functions.load("minirlhf.evaluate.trace:Trace", flag="--trace-every")(config))
     every += [observe] if observe else []
-    return lambda *seen: [look(*seen) for look in every]
+    return lambda *state: [look(*state) for look in every]
 
 
 def main(config: Config, *, observe: Observer | None = None) -> Path:
@@ -371,7 +371,7 @@ def main(config: Config, *, observe: Observer | None = None) -> Path:
         shapes, responses, valued = list(env.shapes.values()), config.rollout_size, config.advantages == "gae"
         plan = sampled_plan(config, shapes, env.prompts, responses=responses, group_size=k, valued=valued)
         return stage.show(plan)
-    policy = GPT.from_pretrained(sources.policy).to(device)
+    policy = GPT.from_pretrained(sources.policy).full_precision().to(device)
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = reward_functions.load_reward_models(sources, device)
     reward = reward_functions.reward_of(config, members, sources.functions, env.encoding)

@@ -88,7 +88,7 @@ class Config(TrainConfig):
     contrast: NotNegative = 2.0
     """Pairs that differ in d tokens weigh d^-contrast at first; it falls linearly to 0, where all weigh the same."""
     batch_size: Count = 32
-    """Prompts an optimizer step, each with all its responses."""
+    """Prompts per optimizer step, each with all its responses."""
     learning_rate: NotNegative = 1e-3
     """Peak learning rate of AdamW; warms up linearly, then falls linearly to 0."""
     warmup_steps: Steps = 20
@@ -243,14 +243,14 @@ def normalise(
 ) -> None:
     """Rescale the score to mean 0 and standard deviation 1 over sampled answers; write both, before and after."""
     device, dtype = resolve_compute(config.device, config.dtype)
-    found = {}
+    scores = {}
     for when in ("before", "after"):
         with autocast(device, dtype):  # a block each, because autocast keeps copies of the weights as they were
-            found[when] = reference_scores(model, policy, prompts, config, eos_id=eos_id, max_tokens=max_tokens)
+            scores[when] = reference_scores(model, policy, prompts, config, eos_id=eos_id, max_tokens=max_tokens)
         if when == "before":
-            model.normalise(found[when]["mean"], found[when]["std"])
+            model.normalise(scores[when]["mean"], scores[when]["std"])
     if distributed.is_writer():
-        write_json(config.run / "reward" / "normalisation.json", found)
+        write_json(config.run / "reward" / "normalisation.json", scores)
 
 
 def main(config: Config) -> Path:
@@ -279,7 +279,7 @@ def main(config: Config) -> Path:
         return stage.show(
             supervised_plan(config, total_steps, shape, train, validation, frozen=(shape,), scored=scored)
         )
-    policy = GPT.from_pretrained(folder).to(device).eval().requires_grad_(False)
+    policy = GPT.from_pretrained(folder).full_precision().to(device).eval().requires_grad_(False)
     model = RewardModel.from_gpt(policy, generator=torch.Generator().manual_seed(config.seed))
     model.gpt.gradient_checkpointing = config.gradient_checkpointing
     state = State(model, adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay))

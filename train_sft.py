@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import data, distributed, tokenizer
-from minirlhf.batch import Batch, Example, batch_indices, count_steps, over_micro_batches, own_micro_batches, pad
+from minirlhf.batch import Batch, Example, batch_indices, count_steps, local_micro_batches, over_micro_batches, pad
 from minirlhf.config import Count, NotNegative, Positive, Share, Steps, TokenBudget, TrainConfig, run_script
 from minirlhf.encode import Record, encode_demonstrations, split_by_prompt
 from minirlhf.hf.hub import model_folder
@@ -68,7 +68,7 @@ class Config(TrainConfig):
     epochs: Positive = 4.0
     """Passes over the training records."""
     batch_size: Count = 32
-    """Records an optimizer step."""
+    """Records per optimizer step."""
     learning_rate: NotNegative = 3e-3
     """Peak learning rate of AdamW; warms up linearly, then follows a cosine down to a tenth."""
     warmup_steps: Steps = 20
@@ -80,7 +80,7 @@ class Config(TrainConfig):
     validation_every: Count = 100
     """Optimizer steps between two measurements of the held-out loss."""
     micro_batch_tokens: TokenBudget = 1024
-    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
+    """Padded tokens per forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
 
 
 PRESETS = {
@@ -117,7 +117,7 @@ def train_step(state: State, batch: Batch, config: Config, *, max_tokens: int) -
     tokens = batch.mask.sum()  # of the whole batch: what micro-batches and processes add up is its gradient
     parts: list[dict[str, Tensor]] = []
     state.optimizer.zero_grad(set_to_none=True)
-    for index in own_micro_batches(batch.lengths, max_tokens):
+    for index in local_micro_batches(batch.lengths, max_tokens):
         part = batch.rows(index)
         logprobs = state.model.logprobs(part.tokens, part.mask)  # (b, t-1), 0 off the mask
         loss = -masked_mean(logprobs, part.mask, denominator=tokens)  # docs/equations.md#sft
@@ -182,7 +182,7 @@ def main(config: Config) -> Path:
     total_steps = count_steps(config.epochs, len(train), config.batch_size)
     if config.dry_run:
         return stage.show(supervised_plan(config, total_steps, shape, train, validation))
-    model = (GPT.from_pretrained(folder) if folder else GPT(shape, seed=config.seed)).to(device)
+    model = (GPT.from_pretrained(folder).full_precision() if folder else GPT(shape, seed=config.seed)).to(device)
     model.gradient_checkpointing = config.gradient_checkpointing
     state = State(model, adamw(model, learning_rate=config.learning_rate, weight_decay=config.weight_decay))
 

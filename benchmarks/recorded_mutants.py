@@ -11,6 +11,7 @@ noted. Started again, `record` goes on where it stopped.
 
 `retry` looks for the old text in all code of the present tree, whatever the file and the indentation, puts the new text
 there, and runs the recorded test, found by its name. Where that test is gone or passes, test files by name are run.
+Where the text has vanished, `--successors FILE` gives the like mutant in the code that took its place, by its number.
 A test that fails on the unchanged tree kills nothing.
 """
 
@@ -155,7 +156,9 @@ def measured(coverage_file: Path, junit: Path, mutants: list[dict]) -> dict[int,
 
 
 # ---------------------------------------------------------------------------------------------------------------- verbs
-def try_all(mutants: list[dict], first_tests: dict[int, list[list[str]]], write: Callable[[], None]) -> None:
+def try_all(
+    mutants: list[dict], first_tests: dict[int, list[list[str]]], successors: dict[str, dict], write: Callable[[], None]
+) -> None:
     """Give each mutant its `killed_by`. Where that test fails on the unchanged tree too, the mutant runs without it."""
     broken: set[str] = set()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
@@ -168,7 +171,11 @@ def try_all(mutants: list[dict], first_tests: dict[int, list[list[str]]], write:
             sources = code(ROOT)
             for mutant in waiting:
                 mutant["killed_by"] = "text vanished"
-                if place := find(sources, mutant):
+                successor = successors.get(str(mutant["number"]), {})
+                place = find(sources, mutant)
+                if place is None and successor:
+                    mutant["successor"], place = successor, find(sources, successor)
+                if place:
                     path, at, line = place
                     target, lines = folder / path.relative_to(ROOT), path.read_text("utf-8").splitlines(keepends=True)
                     lines[at] = lines[at][: len(lines[at]) - len(lines[at].lstrip())] + line + "\n"
@@ -197,6 +204,7 @@ def main() -> None:
     parser.add_argument("--coverage", type=Path, default=ROOT / ".coverage", help="for record")
     parser.add_argument("--junit", type=Path, default=ROOT / "junit.xml", help="for record")
     parser.add_argument("--sample", type=int, help="retry only so many of the killed ones, drawn at random")
+    parser.add_argument("--successors", type=Path, help="mutants in place of those whose text has vanished, for retry")
     parser.add_argument("--output", type=Path, default=os.devnull, help="where retry writes its result")
     arguments = parser.parse_args()
     for library in LIBRARIES.split():  # once, not in every fork
@@ -214,7 +222,8 @@ def main() -> None:
             mutants = random.Random(SEED).sample([m for m in mutants if "tests" in m["killed_by"]], arguments.sample)
         mutants = [{**m, "recorded": m["killed_by"]} for m in mutants]
         tests, output = {m["number"]: recorded(m.pop("killed_by")) for m in mutants}, arguments.output
-    try_all(mutants, tests, lambda: write_record(output, head, mutants))
+    successors = json.loads(arguments.successors.read_text("utf-8")) if arguments.successors else {}
+    try_all(mutants, tests, successors, lambda: write_record(output, head, mutants))
     if arguments.verb == "retry":
         print("\n| mutant | module | recorded | now |\n| --- | --- | --- | --- |")
         print("\n".join(f"| {m['number']} | `{m['module']}` | {m['recorded']} | {m['killed_by']} |" for m in mutants))

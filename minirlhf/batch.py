@@ -44,7 +44,7 @@ class Batch:
     prompt_lengths  (B,)   tokens of the prompt, at least 1
     lengths         (B,)   tokens of prompt and response together, the response's EOS included
 
-    Subclasses add fields of shape (B,), one number a row, or (B, T-1), one number a predicted token.
+    Subclasses add fields of shape (B,), one number per row, or (B, T-1), one number per predicted token.
     """
 
     tokens: Tensor
@@ -123,14 +123,14 @@ def micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
     return parts
 
 
-def own_micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
+def local_micro_batches(lengths: Tensor, max_tokens: int) -> list[Tensor]:
     """The `micro_batches` of those rows that are this process's to compute; alone, of all.
 
     Rows are chosen on the host, which a GPU is asked for once; the index tensors are where `lengths` is.
     """
     sizes = lengths.cpu()
-    own = distributed.share(sizes)
-    return [own[part].to(lengths.device) for part in micro_batches(sizes[own], max_tokens)]
+    local = distributed.share(sizes)
+    return [local[part].to(lengths.device) for part in micro_batches(sizes[local], max_tokens)]
 
 
 def fitting(function: Callable[[int], T], max_tokens: int) -> T:
@@ -152,8 +152,8 @@ def over_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, max_to
     micro-batches become smaller.
     """
 
-    def own_rows(max_tokens: int) -> Tensor:
-        parts = own_micro_batches(batch.lengths, max_tokens)
+    def local_rows(max_tokens: int) -> Tensor:
+        parts = local_micro_batches(batch.lengths, max_tokens)
         first = function(batch.rows(parts[0] if parts else torch.tensor([0])))  # without rows: how a result looks
         shape = (len(batch),) if first.ndim == 1 else (len(batch), batch.tokens.shape[1] - 1)
         result = first.new_zeros(shape)
@@ -166,7 +166,7 @@ def over_micro_batches(function: Callable[[Batch], Tensor], batch: Batch, max_to
         return result
 
     # Each row from one process, 0 from the others: nothing is rounded.
-    return distributed.all_sum(fitting(own_rows, max_tokens))
+    return distributed.all_sum(fitting(local_rows, max_tokens))
 
 
 def permutation(count: int, *key: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Losses of the reward model: how scores should explain human choices between responses.
 
-Scores are one number a sequence, `(N,)`, or `(N, K)` for rankings. Adding a constant to all scores of a comparison
+Scores are one number per sequence, `(N,)`, or `(N, K)` for rankings. Adding a constant to all scores of a comparison
 changes no loss but the centring term, so scores mean something only as differences.
 
 A ranking of K gives K(K-1)/2 dependent pairs: keep them in one optimizer batch and divide once by their number

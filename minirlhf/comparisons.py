@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import distributed
-from minirlhf.batch import Example, fitting, own_micro_batches
+from minirlhf.batch import Example, fitting, local_micro_batches
 from minirlhf.model import GPT
 
 C = TypeVar("C", bound="Comparison")
@@ -62,7 +62,7 @@ class Comparison:
 class PairBatch:
     """Comparisons as right-padded rows of prompt, response 1, ..., response K; all responses numbered 0 to R-1.
 
-    tokens     (B, T) long, one row a comparison
+    tokens     (B, T) long, one row per comparison
     positions  (B, T) long, of a response as if it followed its prompt directly
     segments   (B, T) long: 0 in the prompt, k in the row's k-th response, -1 in padding
     targets    (M,) places in `tokens.flatten()` of all response tokens, response after response
@@ -129,8 +129,8 @@ def best_against_rest(comparison: C) -> C:
     """The same comparison with the pairs of its best responses alone, those that no other one beats."""
     weighted = list(zip(comparison.pairs, comparison.pair_weights, strict=True))
     beaten = {worse for (_, worse), weight in weighted if weight == 1}
-    kept = [(pair, weight) for pair, weight in weighted if pair[0] not in beaten]
-    return replace(comparison, pairs=[pair for pair, _ in kept], weights=[weight for _, weight in kept])
+    remaining = [(pair, weight) for pair, weight in weighted if pair[0] not in beaten]
+    return replace(comparison, pairs=[pair for pair, _ in remaining], weights=[weight for _, weight in remaining])
 
 
 def best_first(comparison: Comparison) -> list[int]:
@@ -197,19 +197,19 @@ def over_comparisons(
     counts = [len(c.examples) for c in comparisons]
     numbers = torch.arange(sum(counts)).split(counts)
 
-    def own_rows(max_tokens: int) -> Tensor:
+    def local_rows(max_tokens: int) -> Tensor:
         result = torch.zeros(sum(counts), dtype=torch.float64)  # on the host, where every device has float64
         for index in _micro_batches(comparisons, max_tokens):
             values = function(pad_comparisons([comparisons[i] for i in index]).to(device))
             result[torch.cat([numbers[i] for i in index])] = values.cpu().double()
         return result
 
-    return list(distributed.all_sum(fitting(own_rows, max_tokens)).split(counts))
+    return list(distributed.all_sum(fitting(local_rows, max_tokens)).split(counts))
 
 
 def _micro_batches(comparisons: Sequence[Comparison], max_tokens: int) -> list[list[int]]:
     lengths = torch.tensor([c.length for c in comparisons])
-    return [index.tolist() for index in own_micro_batches(lengths, max_tokens)]
+    return [index.tolist() for index in local_micro_batches(lengths, max_tokens)]
 
 
 def token_count(comparisons: Sequence[Comparison]) -> int:

@@ -104,7 +104,7 @@ class Settings:
 
 @dataclass
 class RunConfig(Settings):
-    """What every stage is told: where it writes, its seed, where it computes, and whether it goes on."""
+    """Settings of every stage: where it writes, its seed, where it computes, and whether it goes on."""
 
     run: Path = Path("runs/tiny")
     """Folder of the run; each stage writes a folder of its own in it."""
@@ -118,7 +118,7 @@ class RunConfig(Settings):
 
 @dataclass
 class TrainConfig(RunConfig):
-    """What every stage that trains is told."""
+    """Settings of every stage that trains."""
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Format of matrix products; auto is bfloat16 on CUDA, else float32."""
@@ -129,14 +129,14 @@ class TrainConfig(RunConfig):
     dry_run: bool = False
     """Say what would be done and about what it takes, read no weights and write nothing."""
     micro_batch_tokens: TokenBudget = 2048
-    """Padded tokens a forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
+    """Padded tokens per forward pass; `auto` halves until it fits. Changes memory and speed, not the gradient."""
     gradient_checkpointing: bool = False
     """Keep each block's input alone and compute the rest again backward: less memory, one more forward pass."""
 
 
 @dataclass
 class SamplingConfig(RunConfig):
-    """What every stage that samples is told: who answers what, how, and what the answers are worth."""
+    """Settings of every stage that samples: the policy, the prompts, the sampling and the reward."""
 
     policy: str | None = None
     """Folder or hub name of the model that policy and reference start from, by default `<run>/sft/model`."""
@@ -172,15 +172,15 @@ def flag(name: str) -> str:
 
 @functools.cache
 def field_ranges(config: Any) -> dict[str, Range | Name]:
-    """What the fields of a configuration allow; raises TypeError where a numeric one does not say."""
+    """The ranges that the fields of a configuration declare; raises TypeError where a numeric field has none."""
     hints = typing.get_type_hints(config, include_extras=True)
-    found: dict[str, Range | Name] = {}
+    ranges: dict[str, Range | Name] = {}
     for field in dataclasses.fields(config):
         for kind, allowed in _declared(hints[field.name]):
             if allowed is None:
                 raise TypeError(f"{config.__name__}.{field.name} is {kind.__name__} and declares no range")
-            found[field.name] = allowed
-    return found
+            ranges[field.name] = allowed
+    return ranges
 
 
 def _declared(hint: Any) -> Iterator[tuple[Any, Range | Name | None]]:

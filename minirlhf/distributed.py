@@ -42,7 +42,7 @@ class ProcessLost(RuntimeError):
 
 # ------------------------------------------------------------------------------------------------------- who and whose
 def world_size() -> int:
-    """How many processes train together; 1 without torchrun."""
+    """Number of processes that train together; 1 without torchrun."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
@@ -137,8 +137,8 @@ def differing(text: str) -> list[int]:
     mine = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
     numbers = torch.zeros(world_size(), dtype=torch.int64)
     numbers[rank()] = mine
-    known = all_sum(numbers)
-    return (known != known[0]).nonzero()[:, 0].tolist()
+    digests = all_sum(numbers)
+    return (digests != digests[0]).nonzero()[:, 0].tolist()
 
 
 def _reduce(x: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:

@@ -1,13 +1,14 @@
 """Direct preference losses: the policy is its own reward model, r(x, y) = beta log pi(y|x) / ref(y|x).
 
-Every log-probability here is one number a sequence, `(N,)`, summed over the response's tokens, never averaged: length
+Every log-probability here is one number per sequence, `(N,)`, summed over the response's tokens, never averaged: length
 matters in DPO. The losses that do average (ORPO, SimPO) take the lengths and divide themselves. `ref_` values are
 detached.
 
 Each loss returns the mean over pairs; `denominator` is the number of pairs in the whole optimizer batch. All raise
 ValueError for unequal shapes, for per-token input and for coefficients out of range.
 
-Left out on purpose: a `loss_type` switch. Seven short functions say what they compute; a flag would not.
+Left out on purpose: one function with a `loss_type`. Seven short functions say what they compute, and a script that
+offers several chooses between them by name (online_dpo.py).
 """
 
 import math
@@ -289,8 +290,8 @@ def diagnostics(
     whose chosen response has the higher one, equal ones count half. `logprob_chosen`, `logprob_rejected`: of the
     policy, since the chosen one may fall too. Over micro-batches all add up.
     """
-    four = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
-    chosen, rejected = implicit_rewards(*four, beta=beta)  # (N,)
+    logprobs = (chosen_logprobs, rejected_logprobs, ref_chosen_logprobs, ref_rejected_logprobs)
+    chosen, rejected = implicit_rewards(*logprobs, beta=beta)  # (N,)
     wins = ops.mean((chosen > rejected) + 0.5 * (chosen == rejected))
     sums = {
         "accuracy": wins * len(chosen),

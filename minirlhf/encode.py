@@ -101,18 +101,18 @@ def encode_comparison(
     else:
         responses, ranks = [record["chosen"], record["rejected"]], [0, 1]
     ids = [encode_response(encoding, response) for response in record.get("response_ids") or responses]
-    kept = [i for i, row in enumerate(ids) if 0 < len(row) < max_length]
-    ranks = [ranks[i] for i in kept]
+    places = [i for i, row in enumerate(ids) if 0 < len(row) < max_length]
+    ranks = [ranks[i] for i in places]
     pairs = pairs_from_ranks(ranks)
     if ties and record.get("verdict") != "skip":
         pairs += [(i, j) for i, j in itertools.permutations(range(len(ranks)), 2) if ranks[i] == ranks[j]]
-    pairs = [(i, j) for i, j in pairs if list(ids[kept[i]]) != list(ids[kept[j]])]
+    pairs = [(i, j) for i, j in pairs if list(ids[places[i]]) != list(ids[places[j]])]
     if not pairs:
         return None
     weights = [1.0 if ranks[i] != ranks[j] else 0.5 for i, j in pairs] if ties else []
     prompt_ids = encode_prompt(encoding, record["prompt"])
-    room = max_length - max(len(ids[i]) for i in kept)
-    return Comparison([_join(prompt_ids, ids[i], room) for i in kept], pairs, weights=weights)
+    room = max_length - max(len(ids[i]) for i in places)
+    return Comparison([_join(prompt_ids, ids[i], room) for i in places], pairs, weights=weights)
 
 
 def encode_comparisons(
@@ -120,9 +120,9 @@ def encode_comparisons(
 ) -> list[Comparison]:
     """Comparisons of pair or ranking records; those with nothing to compare are left out and counted."""
     every = [encode_comparison(encoding, record, max_length=max_length, ties=ties) for record in records]
-    kept = [c for c in every if c is not None]
-    _say("comparisons", len(every), len(every) - len(kept), sum(c.examples[0].cut > 0 for c in kept), max_length)
-    return kept
+    encoded = [c for c in every if c is not None]
+    _say("comparisons", len(every), len(every) - len(encoded), sum(c.examples[0].cut > 0 for c in encoded), max_length)
+    return encoded
 
 
 def split_by_prompt(records: Sequence[Record], *, share: float, seed: int) -> tuple[list[Record], list[Record]]:
@@ -146,9 +146,9 @@ def split_by_prompt(records: Sequence[Record], *, share: float, seed: int) -> tu
 
 def require_both_sides(source: object, train: Sequence[Comparison], validation: Sequence[Comparison]) -> None:
     """Raise UserError unless there are comparisons to learn from and comparisons to hold out."""
-    found = f"{len(train)} comparisons to learn from and {len(validation)} to hold out"
+    sizes = f"{len(train)} comparisons to learn from and {len(validation)} to hold out"
     wanted = "at least two prompts are needed, and a --validation-share that divides them"
-    require(len(train) > 0 and len(validation) > 0, f"{source}: {found}; {wanted}")
+    require(len(train) > 0 and len(validation) > 0, f"{source}: {sizes}; {wanted}")
 
 
 def _say(what: str, total: int, dropped: int, cut: int, max_length: int) -> None:

@@ -92,7 +92,7 @@ def write_json(path: Path | str, value: Any) -> None:
 
 
 def write_records(path: Path | str, records: Iterable[Mapping[str, Any]]) -> None:
-    """Write records as JSONL, one a line, readable UTF-8, in one step."""
+    """Write records as JSONL, one per line, readable UTF-8, in one step."""
     with atomic(path) as temporary, temporary.open("w", encoding="utf-8", newline="\n") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 

@@ -33,7 +33,7 @@ PREFILL_POSITIONS = defaultdict(lambda: 256, cuda=16384)  # padded, of prompts r
 
 
 def sample(logits: Tensor, uniforms: Tensor, *, temperature: float) -> tuple[Tensor, Tensor]:
-    """Draw one token a row by inverse CDF; returns tokens (B,) and their log-probabilities (B,).
+    """Draw one token per row by inverse CDF; returns tokens (B,) and their log-probabilities (B,).
 
     The token is the first whose cumulative probability exceeds u, in float64 where the device has it.
     logits (B, V); uniforms u (B,) in [0, 1); temperature 0 takes the argmax, and scores it at temperature 1.
@@ -101,7 +101,7 @@ class Decoder:
         numbers = f"generate: max_new_tokens {self.limit}, temperature {self.temperature}, slots {self.slots}"
         require(len(self.prompts) > 0, "generate: no prompts", GenerationError)
         if len(self.keys) != len(self.prompts):
-            raise ValueError(f"generate: {len(self.keys)} keys for {len(self.prompts)} prompts; give one a row")
+            raise ValueError(f"generate: {len(self.keys)} keys for {len(self.prompts)} prompts; give one per row")
         enough = self.limit >= 1 and self.temperature >= 0 and (self.slots is None or self.slots >= 1)
         require(enough, f"{numbers}; at least 1, 0 and 1 are needed", GenerationError)
         outside = f"outside the vocabulary of {vocab_size}"
@@ -145,10 +145,10 @@ class Decoder:
 
     def compact(self, free: Tensor) -> None:
         """Give up the free slots: the last rows move into the first of them."""
-        kept = self.alive.nonzero()[:, 0]
-        count = len(kept)
-        order = torch.arange(count, device=kept.device)
-        order[free[free < count]] = kept[kept >= count]
+        active = self.alive.nonzero()[:, 0]
+        count = len(active)
+        order = torch.arange(count, device=active.device)
+        order[free[free < count]] = active[active >= count]
         self.cache.select(order)
         self.tokens, self.rows, self.place, self.alive = (
             state[order] for state in (self.tokens, self.rows, self.place, self.alive)
@@ -244,7 +244,7 @@ def generate(
     max_new_tokens  length limit of a response, its EOS included
     eos_id          ends a response and is part of it; None never stops early. An EOS in the prompt ends nothing
     temperature     sample from softmax(logits / temperature); 0 takes the argmax and records log-probs at 1
-    keys            one tuple of non-negative integers a row, its stream of random numbers; by default its number
+    keys            one tuple of non-negative integers per row, its stream of random numbers; by default its number
     slots           at most this many rows are decoded at a time (memory); the result does not depend on it
     Raises GenerationError on prompts that cannot be continued, DivergenceError where the model's output is not finite.
     Trap: neither training mode nor any global generator is read or changed.

@@ -1,16 +1,16 @@
-"""Advantages without a value model: one number a response, from the rewards of others or from those of the past.
+"""Advantages without a value model: one number per response, from the rewards of others or from those of the past.
 
     rloo          r_i - mean of the other responses to the prompt
-    grpo          (r_i - mean of all responses to the prompt) / their deviation
+    grpo          (r_i - mean of all responses to the prompt) / their standard deviation
     grpo-no-std   r_i - mean of all responses to the prompt
     reinforce     r_i - running mean of earlier rewards
 
-The gradient estimate is mean_i A_i grad log pi(y_i). Which responses answer the same prompt is said by `groups`, one
-number a response, and never by their order. Every token of a response has the response's advantage.
+The gradient estimate is mean_i A_i grad log pi(y_i). `groups` holds one number per response and says which of them
+answer the same prompt; their order says nothing. Every token of a response has the response's advantage.
 
 Left out on purpose: GRPO's division of each response's loss by its own length. `ppo.policy_loss` is a mean over all
-tokens of the minibatch for every estimator, as Liu et al. 2025 (arXiv 2503.20783) argue it should be: dividing by the
-own length makes long wrong responses cheap.
+tokens of the minibatch for every estimator, as Liu et al. 2025 (arXiv 2503.20783) argue it should be: dividing by
+their own length makes long wrong responses cheap.
 """
 
 from dataclasses import dataclass

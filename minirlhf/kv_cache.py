@@ -64,7 +64,7 @@ class KVCache:
             self.key_mask = None
             return torch.arange(width, device=self.lengths.device)[None]
         if width != 1:
-            raise ValueError(f"KVCache: {width} tokens a row after the prompt; decoding takes one token a row")
+            raise ValueError(f"KVCache: {width} tokens per row after the prompt; decoding takes one token per row")
         columns = torch.arange(self.columns, device=self.lengths.device)
         self.key_mask = (columns <= self.lengths[:, None])[:, None, None]  # (S, 1, 1, T): up to and with the new token
         return self.lengths[:, None]

@@ -271,6 +271,10 @@ class GPT(nn.Module):
         read_tensors(model, folder, tied_head=model.config.tie_word_embeddings)
         return model
 
+    def full_precision(self) -> Self:
+        """Half-precision weights as float32, for training: small updates vanish in half types. float64 stays."""
+        return self.float() if self.wte.weight.dtype in (torch.float16, torch.bfloat16) else self
+
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Write config.json and model.safetensors, which transformers loads as GPT2LMHeadModel."""
         write_config(folder, self.config, architecture="GPT2LMHeadModel", dtype=self.wte.weight.dtype)

@@ -50,11 +50,11 @@ class Config(SamplingConfig, TrainConfig):
     iterations: Count = 64
     """Rollouts; the learning rate falls linearly to 0 over them."""
     rollout_size: Count = 64
-    """Prompts a rollout, each with two answers."""
+    """Prompts per rollout, each with two answers."""
     epochs: Count = 2
     """Passes over the pairs of a rollout."""
     minibatches: Count = 4
-    """Optimizer steps an epoch."""
+    """Optimizer steps per epoch."""
     loss: Literal["dpo", "ipo", "hinge"] = "dpo"
     """Of the pairs; beta means something else in each, see minirlhf/dpo.py."""
     beta: Positive = 0.3
@@ -165,7 +165,7 @@ def main(config: Config, *, observe: Callable[[State], None] | None = None) -> P
     if config.dry_run:
         responses, shapes = 2 * config.rollout_size, list(env.shapes.values())
         return stage.show(sampled_plan(config, shapes, env.prompts, responses=responses, group_size=2))
-    policy = GPT.from_pretrained(sources.policy).to(device)
+    policy = GPT.from_pretrained(sources.policy).full_precision().to(device)
     policy.gradient_checkpointing = config.gradient_checkpointing
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     members = reward_functions.load_reward_models(sources, device)

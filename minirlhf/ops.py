@@ -1,6 +1,7 @@
-"""What every loss shares: token log-probabilities, masked means, whitening, KL estimators, entropy.
+"""Operations that every loss shares: token log-probabilities, masked means, whitening, KL estimators, entropy.
 
-Index t of a per-token tensor `(B, T-1)` speaks of the token at t+1. The shift happens once, in `token_logprobs`.
+Index t of a per-token tensor `(B, T-1)` belongs to the token at t+1. `token_logprobs` shifts so, and so do
+`Batch.mask`, `GPT.logprobs`, `Samples.logprobs` and `ValueModel`: their results line up.
 
 Two rules hold in all of the maths modules. A mask is bool, has the shape of what it masks and is applied by
 `select` before any arithmetic, because `nan * 0` is nan, in the gradient too. Half types are upcast to float32;
@@ -47,10 +48,10 @@ def check_mask(mask: Tensor, **tensors: Tensor) -> None:
 
 
 def check_pairs(**tensors: Tensor) -> None:
-    """Raise ValueError unless all tensors are `(N,)`, one number a sequence: per-token input must be summed first."""
+    """Raise ValueError unless all tensors are `(N,)`, one number per sequence: per-token input must be summed first."""
     name, first = next(iter(tensors.items()))
     if first.dim() != 1:
-        raise ValueError(f"{name} has shape {tuple(first.shape)}; pass one number a sequence, shape (N,)")
+        raise ValueError(f"{name} has shape {tuple(first.shape)}; pass one number per sequence, shape (N,)")
     check_shapes(**tensors)
 
 
@@ -206,7 +207,7 @@ def kl_k3(logprobs: Tensor, ref_logprobs: Tensor) -> Tensor:
 def sequence_kl(
     logprobs: Tensor, ref_logprobs: Tensor, mask: Tensor, *, denominator: float | Tensor | None = None
 ) -> Tensor:
-    """KL(policy || reference) in nats a sequence, estimated on the policy's own samples.
+    """KL(policy || reference) in nats per sequence, estimated on the policy's own samples.
 
     KL = mean_b sum_t k1_{b,t}
 

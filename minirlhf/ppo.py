@@ -6,8 +6,9 @@ All per-token tensors are `(B, T-1)`: index t is the action that wrote token t+1
 that action). `mask` is true on the response including its EOS; results are exactly 0 elsewhere. Only `logprobs` in
 `policy_loss` and `values` in `value_loss` carry gradient; what was recorded at the rollout is detached here.
 
-Left out on purpose: an entropy bonus and a KL term in the loss (the KL is in the rewards, see `ops.kl_k1` for why), and
-a value after the last action, which is 0: a response that ran into its length limit is scored like any other.
+Left out on purpose: an entropy bonus, and a value after the last action, which is 0: a response that ran into its
+length limit is scored like any other. The KL is in the rewards (`ops.kl_k1` says why); `grpo.kl_loss` puts it into the
+loss.
 """
 
 import math
@@ -35,7 +36,7 @@ def kl_penalised_rewards(
     ops.check_mask(mask, logprobs=logprobs, ref_logprobs=ref_logprobs)
     ops.check_between(0.0, math.inf, beta=beta)
     if scores.shape != mask.shape[:1]:
-        raise ValueError(f"scores has shape {tuple(scores.shape)}; pass one a row of the mask, {tuple(mask.shape[:1])}")
+        raise ValueError(f"scores has shape {tuple(scores.shape)}; pass one per row, {tuple(mask.shape[:1])}")
     kl = ops.kl_k1(logprobs, ref_logprobs)  # >= 0 in expectation over the policy's own samples
     masked_so_far = mask.cumsum(-1)
     last = mask & (masked_so_far == masked_so_far[:, -1:])
@@ -60,11 +61,11 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
     next_value = torch.zeros_like(values[:, :1])
     next_advantage = torch.zeros_like(advantages[:, :1])
     for t in reversed(range(mask.shape[1])):
-        here, value = mask[:, t : t + 1], values[:, t : t + 1]
+        acts, value = mask[:, t : t + 1], values[:, t : t + 1]
         delta = rewards[:, t : t + 1] + gamma * next_value - value
         # Padding hands on what came after it (0 behind the response), so that its content never enters.
-        next_advantage = torch.where(here, delta + gamma * lam * next_advantage, next_advantage)
-        next_value = torch.where(here, value, next_value)
+        next_advantage = torch.where(acts, delta + gamma * lam * next_advantage, next_advantage)
+        next_value = torch.where(acts, value, next_value)
         advantages[:, t : t + 1] = next_advantage
     return ops.select(advantages, mask), ops.select(advantages + values, mask)
 
@@ -171,9 +172,9 @@ def policy_diagnostics(
     clip: float,
     denominator: float | Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What to log beside `policy_loss`; same arguments, 0-d tensors, no gradient.
+    """Diagnostics to log beside `policy_loss`; same arguments, 0-d tensors, no gradient.
 
-    `approximate_kl`: 1/2 mean (log rho)^2, an estimate of KL(old || new) that is never negative, in nats a token.
+    `approximate_kl`: 1/2 mean (log rho)^2, an estimate of KL(old || new) that is never negative, in nats per token.
     `clip_fraction`: share of tokens whose clipped term is the larger loss, which get no gradient.
     `ratio`: mean rho, 1 before the first update. `ratio_deviation`: largest |rho - 1|.
     Over micro-batches with `denominator` the first three add up; the last combines by its maximum.
@@ -202,7 +203,7 @@ def value_diagnostics(
     clip: float,
     denominator: float | Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """What to log beside `value_loss`; same arguments, 0-d tensors, no gradient.
+    """Diagnostics to log beside `value_loss`; same arguments, 0-d tensors, no gradient.
 
     `value_clip_fraction`: share of tokens whose clipped term is the larger loss, which get no gradient.
     `value_error`: mean |V - R|, in units of the reward. Over micro-batches with `denominator` both add up.

@@ -45,7 +45,7 @@ class Config(SamplingConfig):
     candidates: AtLeastTwo = 8
     """Answers to each prompt, of which one is chosen."""
     micro_batch_tokens: Count = 8192
-    """Padded tokens a forward pass."""
+    """Padded tokens per forward pass."""
 
 
 PRESETS = {"tiny": Config()}
@@ -147,7 +147,7 @@ def statistics(scores: np.ndarray, choices: dict[str, np.ndarray]) -> dict[str, 
 
 
 def table(scores: np.ndarray) -> str:
-    """What the best of n would score, n = 1, 2, 4, ... up to the number of candidates, and the bound on its KL."""
+    """Table of the score of the best of n, n = 1, 2, 4, ... up to the number of candidates, and the bound on its KL."""
     count = scores.shape[1]
     sizes = [2**power for power in range(count.bit_length()) if 2**power < count] + [count]
     rows = [(n, best_of_n_mean(scores, scores, n).mean(), best_of_n_kl(n)) for n in sizes]

@@ -119,7 +119,7 @@ class ValueModel(nn.Module):
     @classmethod
     def from_reward_model(cls, reward_model: RewardModel) -> Self:
         """A value model on a deep copy of the reward model's trunk."""
-        return cls(copy.deepcopy(reward_model.gpt).requires_grad_(True))
+        return cls(copy.deepcopy(reward_model.gpt).full_precision().requires_grad_(True))
 
     def forward(self, tokens: Tensor, mask: Tensor) -> Tensor:
         values = self.value(self.gpt.hidden(tokens[:, :-1]))[..., 0]  # (B, T-1); no action follows the last token

@@ -78,12 +78,12 @@ def function_reward(spec: str, function: RewardFunction, encoding: tiktoken.Enco
 
 
 def scores_of(function: RewardFunction, prompts: list[str], responses: list[str], *, where: str) -> list[float]:
-    """The function's scores, checked: one finite number a response, else a UserError that begins with `where`."""
+    """The function's scores, checked: one finite number per response, else a UserError that begins with `where`."""
     given = function(prompts, responses)
     try:
         scores = [float(score) for score in given]
     except (TypeError, ValueError) as error:
-        raise UserError(f"{where}: must return one number a response, not {given!r:.60}") from error
+        raise UserError(f"{where}: must return one number per response, not {given!r:.60}") from error
     require(len(scores) == len(responses), f"{where}: gave {len(scores)} scores for {len(responses)} responses")
     for score, response in zip(scores, responses, strict=True):
         require(math.isfinite(score), f"{where}: gave {score} to {response!r:.60}; a score must be a finite number")
@@ -100,7 +100,7 @@ def texts(encoding: tiktoken.Encoding, batch: Batch) -> tuple[list[str], list[st
 # ------------------------------------------------------------------------------------------------------- environment
 @dataclass(frozen=True)
 class Sources:
-    """Where models, prompts and functions come from: what a stage's result depends on beside its settings.
+    """Sources of models, prompts and functions: a stage's result depends on them beside its settings.
 
     reward_models  the one that `--reward-model` names or the run has, then those of `--ensemble`
     functions      by the names that `--reward` gives them
@@ -151,6 +151,8 @@ def read_environment(config: SamplingConfig, sources: Sources) -> Environment:
     encoding = tokenizer.load(sources.policy)
     for source, shape in shapes.items():
         tokenizer.check_fits(encoding, shape.vocab_size, source)
+        same = source == sources.policy or tokenizer.same_ids(tokenizer.load(source), encoding)
+        require(same, f"{source}: has other token ids than {sources.policy}; give models with one tokenizer")
     room = min(shape.n_positions for shape in shapes.values()) - config.max_new_tokens
     require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")
     return Environment(encoding, shapes, texts, encode_prompts(encoding, texts, max_length=room))
@@ -182,7 +184,7 @@ def reward_of(
     functions: Mapping[str, RewardFunction],
     encoding: tiktoken.Encoding,
 ) -> Reward:
-    """What an answer is worth: the score of the reward models, where there are any, and of all functions, added up."""
+    """The reward: the score of the reward models, where there are any, and of all functions, added up."""
     parts = [function_reward(spec, function, encoding) for spec, function in functions.items()]
     if members:
         ensemble = RewardEnsemble(members, aggregate=config.aggregate, penalty=config.variance_penalty)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minirlhf import distributed, ops
-from minirlhf.batch import Batch, Example, over_micro_batches, own_micro_batches, pad, permutation
+from minirlhf.batch import Batch, Example, local_micro_batches, over_micro_batches, pad, permutation
 from minirlhf.generate import Samples, generate
 from minirlhf.model import GPT
 from minirlhf.reward import ValueModel
@@ -61,8 +61,8 @@ def sample(
 
     Row i has its own random stream, (seed, keys[i]), so who samples it makes no difference to what is sampled.
     """
-    own = distributed.share(torch.tensor([len(prompt) for prompt in prompts])).tolist()
-    rows = own or [0]  # a process without rows samples one to take part in the exchange, and brings nothing
+    local = distributed.share(torch.tensor([len(prompt) for prompt in prompts])).tolist()
+    rows = local or [0]  # a process without rows samples one to take part in the exchange, and brings nothing
     samples = generate(
         policy,
         [prompts[i] for i in rows],
@@ -72,22 +72,22 @@ def sample(
         seed=seed,
         keys=[keys[i] for i in rows],
     )
-    return joined(samples, own, len(prompts))
+    return joined(samples, local, len(prompts))
 
 
-def joined(part: B, own: Sequence[int], count: int) -> B:
+def joined(part: B, local: Sequence[int], count: int) -> B:
     """The batch of `count` rows whose rows `own` are those of `part`, and the others those of the other processes."""
     if distributed.world_size() == 1:
         return part
     width = part.tokens.shape[1]
     more = int(distributed.all_max(torch.tensor(width))) - width  # columns that another process's rows need
-    index = torch.tensor(own, dtype=torch.long, device=part.tokens.device)
+    index = torch.tensor(local, dtype=torch.long, device=part.tokens.device)
 
     def exchange(value: Tensor) -> Tensor:
         shape = (count,) if value.ndim == 1 else (count, value.shape[1] + more)
         whole = value.new_zeros(shape, dtype=torch.int64 if value.dtype == torch.bool else value.dtype)
-        own_rows = whole if value.ndim == 1 else whole[:, : value.shape[1]]  # a view
-        own_rows[index] = value[: len(index)].to(whole.dtype)
+        local_rows = whole if value.ndim == 1 else whole[:, : value.shape[1]]  # a view
+        local_rows[index] = value[: len(index)].to(whole.dtype)
         return distributed.all_sum(whole).to(value.dtype)
 
     return type(part)(**{field.name: exchange(getattr(part, field.name)) for field in fields(part)})
@@ -158,7 +158,7 @@ def rollout_keys(iteration: int, prompts: Sequence[int], group_size: int) -> lis
 
 
 def rollout_metrics(rollout: Rollout) -> dict[str, Tensor]:
-    """Values to log of the policy before this iteration's update; the KL is in nats a response."""
+    """Values to log of the policy before this iteration's update; the KL is in nats per response."""
     mask = rollout.mask
     return {
         "score": rollout.scores.mean(),
@@ -188,11 +188,11 @@ def ptx_gradient(policy: GPT, texts: Sequence[Example], *, coefficient: float, m
     """Add the gradient of coefficient * mean negative log-likelihood of the texts; returns this loss.
 
     Ouyang et al. 2022, eq. 2, the term coefficient * E_pretraining[log pi(x)], against forgetting how to write.
-    Temperature 1, as in train_sft.py. `max_tokens` padded positions a forward pass.
+    Temperature 1, as in train_sft.py. `max_tokens` padded positions per forward pass.
     """
     batch = pad(texts).to(policy.head_weight.device)
     tokens, total = batch.mask.sum(), torch.zeros(())
-    for rows in own_micro_batches(batch.lengths, max_tokens):
+    for rows in local_micro_batches(batch.lengths, max_tokens):
         part = batch.rows(rows)
         logprobs = policy.logprobs(part.tokens, part.mask)  # (b, t-1)
         loss = -coefficient * ops.masked_mean(logprobs, part.mask, denominator=tokens)

@@ -1,4 +1,4 @@
-"""What a process needs before it trains: device, number format, streams of randomness, and errors in words.
+"""Set-up of a process that trains: device, number format, streams of randomness, signals, and errors in words.
 
 Nothing in this project draws from a global random generator: weights are initialised from a seed, data orders and
 sampling are pure functions of (seed, stream, position). So there is no global seed to set, and none to forget.
@@ -67,10 +67,10 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind in ("cuda", "mps", "cpu") if available[kind])
     require(available.get(name, False), f"--device {name}: not available on this machine; use --device auto or cpu")
-    return _own_gpu() if name == "cuda" and several else torch.device(name)
+    return _local_gpu() if name == "cuda" and several else torch.device(name)
 
 
-def _own_gpu() -> torch.device:
+def _local_gpu() -> torch.device:
     """The GPU of this process, of several on a machine."""
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     require(number < count, f"--nproc-per-node: more processes than the {count} GPUs here; use fewer, or --device cpu")
@@ -184,7 +184,7 @@ REFUSALS = ("can't allocate memory", "not enough memory", "MPS backend out of me
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory was refused, on any device; the CPU's allocator raises a plain RuntimeError."""
+    """True where memory was refused, on any device; the CPU's allocator raises a plain RuntimeError."""
     named = isinstance(error, torch.OutOfMemoryError | MemoryError)
     return named or (isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSALS))
 

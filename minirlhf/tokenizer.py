@@ -128,7 +128,7 @@ def check_fits(encoding: tiktoken.Encoding, vocab_size: int, where: str | Path) 
 
 
 def same_ids(one: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
-    """Whether two tokenizers give the same ids to everything."""
+    """True where two tokenizers give the same ids to everything."""
     if one.n_vocab != other.n_vocab:
         return False
     ids = range(one.eot_token)

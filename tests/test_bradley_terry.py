@@ -106,7 +106,7 @@ def test_gradients_of_half_types_are_rounded_once(name, dtype):
 def test_unequal_or_per_token_scores_are_refused(name):
     with pytest.raises(ValueError, match=r"has shape \(1,\) but .* has shape \(3,\)"):
         PAIRWISE[name]([torch.zeros(3), torch.zeros(1), torch.zeros(3)], None)
-    with pytest.raises(ValueError, match=r"has shape \(3, 2\); pass one number a sequence"):
+    with pytest.raises(ValueError, match=r"has shape \(3, 2\); pass one number per sequence"):
         PAIRWISE[name]([torch.zeros(3, 2)] * 3, None)
 
 

@@ -30,7 +30,7 @@ from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw, allocate_moments
 from minirlhf.ppo import AdaptiveKL
 from minirlhf.runs import checkpoint
-from minirlhf.runs.checkpoint import Manifest, own_hash
+from minirlhf.runs.checkpoint import Manifest, json_hash
 from minirlhf.runs.log import LOGS
 from minirlhf.runtime import UserError
 
@@ -329,7 +329,7 @@ def seal(folder: Path, **changes: object) -> None:
         if file.is_file():
             content["files"][name] = {"size": file.stat().st_size, "sha256": file_hash(file)}
     content |= changes
-    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": own_hash(content)}))
+    (folder / "manifest.json").write_text(json.dumps({**content, "sha256": json_hash(content)}))
 
 
 def damage_input(newest: Path) -> str:

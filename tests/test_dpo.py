@@ -160,7 +160,7 @@ def test_unequal_or_per_token_logprobs_are_refused(name):
         inputs = [torch.zeros(1 if i == short else 3) for i in range(4)]
         with pytest.raises(ValueError, match=r"has shape \((1|3),\) but .* has shape \((1|3),\)"):
             LOSSES[name](inputs, None)
-    with pytest.raises(ValueError, match=r"has shape \(3, 2\); pass one number a sequence"):
+    with pytest.raises(ValueError, match=r"has shape \(3, 2\); pass one number per sequence"):
         LOSSES[name]([torch.zeros(3, 2)] * 4, None)
 
 

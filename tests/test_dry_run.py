@@ -168,8 +168,9 @@ def wide_models(folder: Path) -> dict[str, str]:
     """A policy and a reward model of that width, as settings of PPO."""
     gpt = GPT(GPTConfig(vocab_size=tiny.ENCODING.n_vocab, n_positions=96, eos_token_id=tiny.EOS, **SHAPE))
     gpt.save_pretrained(folder / "policy")
-    tokenizer.save(tiny.ENCODING, folder / "policy")
     RewardModel.from_gpt(gpt, generator=torch.Generator().manual_seed(0)).save_pretrained(folder / "reward-model")
+    for name in ("policy", "reward-model"):
+        tokenizer.save(tiny.ENCODING, folder / name)
     return {"policy": str(folder / "policy"), "reward_model": str(folder / "reward-model")}
 
 

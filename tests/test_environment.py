@@ -54,6 +54,16 @@ def test_a_prompt_leaves_room_for_an_answer_in_every_model(config: train_ppo.Con
     )
 
 
+def test_a_reward_model_must_read_the_policys_ids(config: train_ppo.Config, tmp_path: Path) -> None:
+    """As many ids in another order: every score would be of other words."""
+    ranks = {tiny.ENCODING.decode_single_token_bytes(i): i for i in range(tiny.EOS)}
+    one, other = sorted(b for b in ranks if len(b) == 1)[:2]
+    ranks |= {one: ranks[other], other: ranks[one]}
+    tokenizer.save(tokenizer.from_ranks("exchanged", ranks), tmp_path / "reward" / "model")
+    with pytest.raises(UserError, match="reward/model: has other token ids than .*sft/model"):
+        reward_functions.read_environment(config, reward_functions.find_sources(config))
+
+
 def test_one_token_of_a_prompt_must_fit(config: train_ppo.Config) -> None:
     env = reward_functions.read_environment(replace(config, max_new_tokens=23), reward_functions.find_sources(config))
     assert [len(ids) for ids in env.prompts] == [1, 1, 1]

@@ -75,7 +75,7 @@ def test_auto_halves_until_it_fits_and_then_is_that_number(
         assert result(auto / name) == result(given / name)
     said = [line for line in capsys.readouterr().out.splitlines() if "do not fit" in line]
     halvings = (FIRST_ELSEWHERE // tokens).bit_length() - 1
-    assert len(said) == halvings and said[-1].endswith(f" {tokens} are tried")  # once each, and never again
+    assert len(said) == halvings and said[-1].endswith(f" now {tokens}")  # once each, and never again
 
 
 # Calls of `clip_gradients`, with all gradients there: of PPO the last is the value model's in its third minibatch.

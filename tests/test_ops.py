@@ -415,7 +415,7 @@ def test_checks_name_what_is_wrong():
         with pytest.raises(ValueError, match="gamma is .*; it must lie between 0.0 and 1.0"):
             ops.check_between(0.0, 1.0, lam=0.0, gamma=number)
     ops.check_between(0.0, 1.0, lam=0.0, gamma=1.0)
-    with pytest.raises(ValueError, match=r"a has shape \(2, 3\); pass one number a sequence, shape \(N,\)"):
+    with pytest.raises(ValueError, match=r"a has shape \(2, 3\); pass one number per sequence, shape \(N,\)"):
         ops.check_pairs(a=torch.zeros(2, 3), b=torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"c has shape \(1,\) but a has shape \(2,\)"):
         ops.check_pairs(a=torch.zeros(2), b=torch.zeros(2), c=torch.zeros(1))

@@ -228,7 +228,7 @@ def test_rewards_carry_no_gradient():
 def test_rewards_refuse_what_would_be_nonsense():
     x, mask = torch.zeros(2, 3), torch.ones(2, 3, dtype=torch.bool)
     for shape in [(1,), (2, 1), (3,), ()]:
-        with pytest.raises(ValueError, match=r"scores has shape .*; pass one a row of the mask, \(2,\)"):
+        with pytest.raises(ValueError, match=r"scores has shape .*; pass one per row, \(2,\)"):
             ppo.kl_penalised_rewards(torch.zeros(shape), x, x, mask, beta=0.1)
     for beta in (-0.1, NAN):
         with pytest.raises(ValueError, match="beta is .*; it must lie between 0.0 and inf"):

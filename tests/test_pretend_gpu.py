@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from minirlhf import evaluate, kv_cache
 from minirlhf import generate as decoding
-from minirlhf.batch import Batch, own_micro_batches
+from minirlhf.batch import Batch, local_micro_batches
 from minirlhf.encode import encode_prompt
 from minirlhf.evaluate import calibration
 from minirlhf.feedback import collect as candidates
@@ -144,11 +144,11 @@ def test_decoding_by_captured_steps_samples_what_the_cpu_samples(
 def test_the_rows_of_micro_batches_are_chosen_on_the_host_which_waits_once() -> None:
     lengths = [5, 3, 9, 2, 7, 4]
     with pretend_gpu() as gpu:
-        parts = own_micro_batches(torch.tensor(lengths, device="cuda"), 12)
+        parts = local_micro_batches(torch.tensor(lengths, device="cuda"), 12)
         assert sum(gpu.syncs.values()) == 1
         assert len(parts) > 1 and all(part.is_cuda for part in parts)
         on_the_gpu = [part.tolist() for part in parts]
-    assert on_the_gpu == [part.tolist() for part in own_micro_batches(torch.tensor(lengths), 12)]
+    assert on_the_gpu == [part.tolist() for part in local_micro_batches(torch.tensor(lengths), 12)]
 
 
 def test_no_command_asks_an_apple_gpu_for_float64(tmp_path: Path) -> None:

@@ -98,9 +98,9 @@ def test_texts_have_no_eos_and_scores_come_back_by_row() -> None:
         ([1.0] * 4, "--reward own:f: gave 4 scores for 3 responses"),
         ([1.0, float("nan"), 0.0], "--reward own:f: gave nan to ' yes yes yes'; a score must be a finite number"),
         ([1.0, 0.0, float("inf")], "gave inf to ' yes yes'"),
-        (["good", "bad", "bad"], "must return one number a response"),
-        (None, "must return one number a response, not None"),
-        (0.5, "must return one number a response, not 0.5"),
+        (["good", "bad", "bad"], "must return one number per response"),
+        (None, "must return one number per response, not None"),
+        (0.5, "must return one number per response, not 0.5"),
     ],
 )
 def test_what_they_may_not_give(returned: object, words: str) -> None:

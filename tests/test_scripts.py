@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import shutil
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -29,7 +30,7 @@ from minirlhf.files import write_records
 from minirlhf.generate import generate
 from minirlhf.model import GPT, GPTConfig
 from minirlhf.optim import adamw
-from minirlhf.reward import RewardModel
+from minirlhf.reward import RewardModel, ValueModel
 from minirlhf.runs.log import read_rows
 from minirlhf.runtime import Stream, UserError
 
@@ -574,6 +575,26 @@ def test_gradients_are_clipped_to_the_limit_that_was_given(module: ModuleType, t
     for model in {id(call.arguments["model"]): call.arguments["model"] for call in clips}.values():
         squares = sum((p.grad.double() ** 2).sum().item() for p in model.parameters())
         assert math.sqrt(squares) <= 1e-3 * (1 + 1e-5)  # what the last step was made with, scaled in float32
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward", "ppo", "dpo"])
+def test_half_weights_are_trained_in_float32(stage: str, tmp_path: Path) -> None:
+    """A start model of float16 trains as the same numbers in float32 do; in float16 small updates would vanish."""
+    ended = []
+    for dtype in (torch.float16, torch.float32):
+        run = tiny.copy_of(tiny.finished_run(), tmp_path / str(dtype), "sft", "feedback", "reward")
+        start = GPT.from_pretrained(run / "sft" / "model").half().to(dtype)
+        start.save_pretrained(run / "sft" / "model")
+        changes = {"model": str(shutil.copytree(run / "sft" / "model", run / "start"))} if stage == "sft" else {}
+        folder = tiny.run_stage(stage, run, **changes)
+        kind = RewardModel if stage == "reward" else GPT
+        ended.append(tiny.weights(kind.from_pretrained(folder)))
+    assert tiny.equal(*ended) and {weight.dtype for weight in ended[0].values()} == {torch.float32}
+
+
+def test_the_value_model_of_a_half_reward_model_is_float32() -> None:
+    reward_model = RewardModel.from_pretrained(tiny.finished_run() / "reward" / "model").bfloat16()
+    assert {p.dtype for p in ValueModel.from_reward_model(reward_model).parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("stage", ["reward", "dpo"])

@@ -160,9 +160,9 @@ def _assign(model: nn.Module, file_of: dict[str, Any], path: Path, *, tied_head:
         parameter = parameters[name][1]
         expected = tuple(parameter.T.shape if CONV1D_WEIGHT.fullmatch(name) else parameter.shape)
         piece = file_of[stored[name]].get_slice(stored[name])
-        found = tuple(piece.get_shape())
-        if found != expected or piece.get_dtype() not in FLOAT_TYPES:
-            wrong.append(f"{stored[name]} is {piece.get_dtype()} {found} and not floating-point {expected}")
+        shape = tuple(piece.get_shape())
+        if shape != expected or piece.get_dtype() not in FLOAT_TYPES:
+            wrong.append(f"{stored[name]} is {piece.get_dtype()} {shape} and not floating-point {expected}")
     if wrong:
         kind = type(model).__name__
         raise CheckpointError(f"{path}: {'; '.join(sorted(wrong))}; give a folder that holds a {kind} as configured")

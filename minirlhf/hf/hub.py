@@ -43,8 +43,8 @@ def model_folder(source: str | os.PathLike[str]) -> Path:
     if not isinstance(source, str) or match is None:
         raise UserError(f"{source}: no such folder; give a folder that holds config.json and model.safetensors")
     name = match["name"]
-    known = REVISIONS.get(name.removeprefix("openai-community/"))
-    revision = match["revision"] or known
+    fixed = REVISIONS.get(name.removeprefix("openai-community/"))
+    revision = match["revision"] or fixed
     return _cached(name, revision) or _download(name, revision)
 
 
@@ -133,7 +133,7 @@ def commit_of(name: str, revision: str | None, *, kind: str, advice: str) -> str
 
 
 def _in_time(ask: Callable[[], Any], seconds: float) -> Any:
-    """What `ask` answers; raises TimeoutError after `seconds`, where a silent name server would take longer."""
+    """The answer of `ask`; raises TimeoutError after `seconds`, where a silent name server would take longer."""
     answer: Future[Any] = Future()
 
     def run() -> None:

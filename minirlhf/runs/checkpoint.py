@@ -143,10 +143,10 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write manifest.json for the files that stand in `folder`."""
     files = {name: {"size": (folder / name).stat().st_size, "sha256": file_hash(folder / name)} for name in FILES}
     content = dataclasses.asdict(dataclasses.replace(manifest, files=files))
-    write_text(folder / "manifest.json", json.dumps({**content, "sha256": own_hash(content)}, indent=1))
+    write_text(folder / "manifest.json", json.dumps({**content, "sha256": json_hash(content)}, indent=1))
 
 
-def own_hash(content: Mapping[str, Any]) -> str:
+def json_hash(content: Mapping[str, Any]) -> str:
     """SHA-256 of a JSON object, whatever its spaces and the order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
@@ -156,7 +156,7 @@ def read_manifest(folder: Path) -> Manifest:
     require(not folder.is_symlink(), f"{folder}: is a link, which is not followed", Damaged)
     file = folder / "manifest.json"
     content = read(file)
-    whole = isinstance(content, dict) and content.pop("sha256", None) == own_hash(content)
+    whole = isinstance(content, dict) and content.pop("sha256", None) == json_hash(content)
     require(whole, f"{file}: not what was written (its own SHA-256 differs)", Damaged)
     kinds = get_type_hints(Manifest)
     fits = content.keys() == kinds.keys() and all(isinstance(content[name], kind) for name, kind in kinds.items())
@@ -324,7 +324,7 @@ def load(folder: Path, state: object, *, stage: str, config: Mapping[str, Any], 
 
 # ------------------------------------------------------------------------------------------------------ begun, finished
 def read_marker(folder: Path) -> dict[str, Any]:
-    """What the marker in `folder` says; empty where there is none."""
+    """Content of the marker in `folder`; empty where there is none."""
     path = folder / MARKER
     marker: Any = None if os.path.lexists(path) else {}
     with contextlib.suppress(Damaged):
@@ -343,10 +343,10 @@ def clear_begun(folder: Path, *, logs: set[str], results: set[str]) -> None:
 
     logs, results  names of what a stage may have written by then; results only where the marker says so
     """
-    here = folder.is_dir() and not folder.is_symlink()
-    unfinished = here and read_marker(folder).get("finished") is False
+    is_folder = folder.is_dir() and not folder.is_symlink()
+    unfinished = is_folder and read_marker(folder).get("finished") is False
     begun = {"run.json", MARKER, "checkpoints", TRACKED, *logs, *(results if unfinished else ())}
-    if here and all(path.name in begun or path.name.startswith(".saving-") for path in folder.iterdir()):
+    if is_folder and all(path.name in begun or path.name.startswith(".saving-") for path in folder.iterdir()):
         shutil.rmtree(folder)
 
 

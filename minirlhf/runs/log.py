@@ -42,8 +42,8 @@ class Progress:
 
     def __init__(self, name: str, *, steps: int, done: int = 0) -> None:
         self.name, self.steps, self.step = name, steps, done
-        self.began = self.said_at = time.perf_counter()
-        self.first = self.said = done
+        self.began = self.printed_at = time.perf_counter()
+        self.first = self.printed = done
         self.tokens = 0
         live = sys.stderr.isatty()
         self.bar = tqdm(
@@ -59,11 +59,11 @@ class Progress:
             self.bar.set_postfix_str(self._describe(values, now), refresh=False)
             self.bar.update(1)
             return
-        due = now - self.said_at >= SECONDS and self.step - self.said >= SHARE * self.steps
-        if self.steps > 1 and (due or self.step == self.steps):
+        is_time = now - self.printed_at >= SECONDS and self.step - self.printed >= SHARE * self.steps
+        if self.steps > 1 and (is_time or self.step == self.steps):
             left = tqdm.format_interval((self.steps - self.step) * (now - self.began) / (self.step - self.first))
             self.say(f"{self.name}: step {self.step} of {self.steps}, {self._describe(values, now)}, {left} left")
-            self.said, self.said_at = self.step, now
+            self.printed, self.printed_at = self.step, now
 
     def _describe(self, values: Mapping[str, float], now: float) -> str:
         shown = [f"{name} {value:.4g}" for name, value in list(values.items())[:SHOWN]]
@@ -84,9 +84,9 @@ TRACKED = "tracked"
 
 def require_tracker(name: TrackerName | None) -> None:
     """Raise UserError where the tracker's package is missing."""
-    found = importlib.util.find_spec(name) if name else None
+    specification = importlib.util.find_spec(name) if name else None
     # A folder of that name, such as wandb leaves behind, can be found too, and has no origin.
-    there = name is None or (found is not None and found.origin is not None)
+    there = name is None or (specification is not None and specification.origin is not None)
     require(there, f"--track {name}: this package is not installed; install it with `pip install {name}`")
 
 
@@ -100,7 +100,7 @@ LOGS = ("metrics.jsonl", "timing.jsonl")
 
 
 class RunLog:
-    """The log of one stage: `run.json` at the start, then a row a step.
+    """The log of one stage: `run.json` at the start, then one row per step.
 
     folder  runs/<name>/<stage>; an earlier run there is moved aside, never overwritten
     config  the stage's configuration, a dataclass
@@ -178,10 +178,10 @@ def read_rows(folder: Path) -> list[dict[str, float]]:
 def versions() -> dict[str, str]:
     """Versions of what numbers depend on."""
     try:
-        own = metadata.version("minirlhf")
+        version = metadata.version("minirlhf")
     except metadata.PackageNotFoundError:
-        own = "not installed"
-    return {"python": platform.python_version(), "torch": torch.__version__, "minirlhf": own}
+        version = "not installed"
+    return {"python": platform.python_version(), "torch": torch.__version__, "minirlhf": version}
 
 
 def plain(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def micro_batch_tokens(config: Any, state: Any) -> int:
 
 
 def is_auto(config: Any) -> bool:
-    """Whether the micro-batch is to be found."""
+    """True where `--micro-batch-tokens` is `auto`."""
     return getattr(config, "micro_batch_tokens", None) == "auto"
 
 
@@ -85,12 +85,12 @@ def peak_bytes() -> int:
 SECONDS = 0.2  # of the measurement
 WIDEST = 4096  # rows of its matrices, at most
 ALL_ELSE = 1.5  # the time of a stage by that of its matrix products
-HALF_COPY = 2  # bytes a parameter of the weights in bfloat16, made anew for each forward pass
+HALF_COPY = 2  # bytes per parameter of the weights in bfloat16, made anew for each forward pass
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a stage would do.
+    """Plan of a stage.
 
     steps        of the whole stage: optimizer steps, or iterations of PPO
     trained      shapes of the models in training, the policy first
@@ -170,7 +170,7 @@ def sampled_plan(
 
 
 def parameters(shape: GPTConfig, *, positions: bool = True) -> int:
-    """How many a model of this shape has, with or without its table of positions; a scalar head's C are left out."""
+    """Parameters of a model of this shape, with or without its table of positions; a scalar head's C are left out."""
     model = GPT(shape, seed=None)  # on the meta device, without memory
     return sum(p.numel() for name, p in model.named_parameters() if positions or name != "wpe.weight")
 
@@ -194,9 +194,9 @@ def memory_bytes(plan: Plan, config: Any, device: torch.device, dtype: torch.dty
     trained, frozen = (sum(map(parameters, shapes)) for shapes in (plan.trained, plan.frozen))
     half = HALF_COPY * (trained + frozen) if dtype == torch.bfloat16 else 0
     tokens, head = micro_batch(plan, config, device), plan.trained[0]
-    kept = max(activations(s, tokens, dtype, checkpointed=config.gradient_checkpointing) for s in plan.trained)
+    saved = max(activations(s, tokens, dtype, checkpointed=config.gradient_checkpointing) for s in plan.trained)
     logits = 3 * 4 * min(tokens * head.vocab_size, MAX_LOGITS)  # with their logarithms and the gradient
-    return 16 * trained + 4 * frozen + half + kept + logits
+    return 16 * trained + 4 * frozen + half + saved + logits
 
 
 def operations(plan: Plan, config: Any) -> float:
@@ -231,7 +231,7 @@ def show_plan(plan: Plan, config: Any) -> None:
     trained, frozen = (sum(map(parameters, shapes)) for shapes in (plan.trained, plan.frozen))
     seconds = tqdm.format_interval(ALL_ELSE * operations(plan, config) / rate)
     gib = memory_bytes(plan, config, device, dtype) / 2**30
-    said = {
+    lines = {
         "parameters": f"{trained:,} in training, {frozen:,} frozen",
         "data": f"{len(plan.rows):,} rows of {min(plan.rows):,} to {max(plan.rows):,} tokens, {sum(plan.rows):,} in "
         "all; rows left out or shortened are named above",
@@ -242,5 +242,5 @@ def show_plan(plan: Plan, config: Any) -> None:
         "time": f"about {seconds} with matrix products at {rate / 1e9:,.0f} GFLOP/s, as measured now",
     }
     print("dry run: nothing is trained and nothing is written")
-    for name, words in said.items():
+    for name, words in lines.items():
         print(f"{name:<11} {words}")

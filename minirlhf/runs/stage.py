@@ -47,7 +47,7 @@ from minirlhf.runs.health import HINTS, Hints
 from minirlhf.runs.log import LOGS, RunLog, Value, read_rows, require_tracker, versions
 from minirlhf.runtime import DivergenceError, Interrupted, SignalGate, UserError, is_out_of_memory, require
 
-KEPT = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
+MOST_CHECKPOINTS = 4  # checkpoints on the disk at a time: the newest two, the best, and the one that is being written
 
 
 class Stage:
@@ -160,11 +160,11 @@ class Stage:
         keep = {name: entry["size"] for name, entry in manifest.logs.items()} if manifest else None
         read = {kind: {str(p): self.hashes[str(p)] for p in getattr(self, kind)} for kind in ("inputs", "models")}
         self.log = RunLog(self.folder, self.config, **read, steps=self.steps, keep=keep, done=self.done)
-        kept = read_rows(self.folder) if manifest else ()
-        self.hints = Hints(self.folder, self.config, steps=self.steps, rows=kept)
+        rows = read_rows(self.folder) if manifest else ()
+        self.hints = Hints(self.folder, self.config, steps=self.steps, rows=rows)
         checkpoint.mark(self.folder, finished=False)
         there = len(list(self.root.glob("[0-9]*")))
-        checkpoint.require_space(self.folder, (KEPT - min(there, KEPT - 1)) * self.nbytes)
+        checkpoint.require_space(self.folder, (MOST_CHECKPOINTS - min(there, MOST_CHECKPOINTS - 1)) * self.nbytes)
 
     def _continue(self) -> Manifest | None:
         """Fill the state from the newest checkpoint; None without one."""
@@ -203,14 +203,14 @@ class Stage:
 
     @property
     def micro_batch_tokens(self) -> int:
-        """Padded tokens a forward pass; with `--micro-batch-tokens auto`, as many as have been found to fit."""
+        """Padded tokens per forward pass; with `--micro-batch-tokens auto`, as many as have been found to fit."""
         return planning.micro_batch_tokens(self.config, self.state)
 
     def attempts(self) -> Iterator[AbstractContextManager[int]]:
         """Attempts at one optimizer step, each a context that gives `micro_batch_tokens`, until one comes to its end.
 
         Where `--micro-batch-tokens` is `auto` and memory runs out before the optimizer steps, the next attempt has half
-        as many tokens a forward pass. The gradient is the same whatever their number.
+        as many tokens per forward pass. The gradient is the same whatever their number.
         """
         tokens = 0
         while tokens != self.micro_batch_tokens:
@@ -230,7 +230,7 @@ class Stage:
         else:
             return
         torch.clear_autocast_cache()
-        print(f"{self.folder.name}: {tokens:,} tokens a forward pass do not fit, {tokens // 2:,} are tried", flush=True)
+        print(f"{self.folder.name}: {tokens:,} tokens per forward pass do not fit, now {tokens // 2:,}", flush=True)
 
     def finish(self, step: int, metrics: Mapping[str, Value], *, tokens: int) -> None:
         """The step is done: write its row, and a checkpoint where one is due; `tokens` were processed in it."""

@@ -20,7 +20,7 @@ from minirlhf.runs.log import TRACKED
 
 
 class Tracker(Protocol):
-    """Where the rows of a stage go."""
+    """Receiver of a stage's rows."""
 
     def row(self, step: int, values: Mapping[str, float]) -> None:
         """The metrics of a finished step."""

@@ -45,7 +45,7 @@ class Judgement:
 
 
 class Act(NamedTuple):
-    """What one sentence, or one claim in it, does.
+    """An act: what one sentence, or one claim in it, does.
 
     type: claim, verdict, doubt, advice, refusal, flattery, rude or unparsed.
     topic: the name of a Topic; for advice and refusals the verb.

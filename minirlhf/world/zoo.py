@@ -107,7 +107,7 @@ _VERB_FRAMES = (
 
 @dataclass(frozen=True)
 class Question:
-    """What a prompt asks: its kind, the animal, and whichever of the other fields the kind uses."""
+    """A prompt's question: its kind, the animal, and whichever of the other fields the kind uses."""
 
     prompt: str
     kind: str  # one of KINDS
@@ -185,7 +185,7 @@ def questions() -> dict[str, Question]:
 
 
 def find(prompt: str) -> Question:
-    """What `prompt` asks. Raises ValueError for a prompt that is not of this world."""
+    """The question that `prompt` asks. Raises ValueError for a prompt that is not of this world."""
     question = questions().get(prompt)
     if question is None:
         raise ValueError(f"not a prompt of the zoo: {prompt!r}; world.questions() lists all of them")
