@@ -61,11 +61,12 @@ def with_ranges(page: str) -> str:
             columns = line.count("|") - 1
         if row := ROW.fullmatch(line):
             names = re.findall(r"\w+", row[1])
-            found = [(name, HEALTHY[kind, name]) for name in names if (kind, name) in HEALTHY]
-            cells = [row[1], row[2], " ".join(f"**{metric}**" for _, metric in found if metric.has_range)]
-            for name, metric in found:
-                cells.append(f"as `{above[metric.advice]}`" if metric.advice in above else metric.advice)
-                above |= {} if not metric.advice else {metric.advice: above.get(metric.advice, name)}
+            found = [HEALTHY[kind, name] for name in names if (kind, name) in HEALTHY]
+            healthy = {(f"**{metric}**" if metric.has_range else "", metric.advice) for metric in found}
+            assert len(healthy) <= 1, f"{row[1]}: a row each, they differ in range or advice"
+            ((bold, advice),) = healthy or {("", "")}
+            cells = [row[1], row[2], bold, f"as `{above[advice]}`" if advice in above else advice]
+            above |= {advice: above.get(advice, names[0])} if advice else {}
             line = f"| {' | '.join(cells[: max(columns, 2)])}".rstrip(" |") + " |"
         lines.append(line)
     return "\n".join(lines) + "\n"
