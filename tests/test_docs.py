@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import test_imports
 import tiny
 
 import train_dpo
@@ -191,6 +192,11 @@ def test_links_lead_somewhere() -> None:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M) if anchor else []
             slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert not anchor or anchor in slugs, f"{page.name}: {target} has no such heading"
+
+
+def test_the_floors_of_the_design_are_those_of_the_imports() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    assert [set(line.split()) for line in page.split("```")[1].strip().splitlines()] == test_imports.FLOORS[::-1]
 
 
 def test_the_map_of_the_readme_has_every_room() -> None:
