@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import functools
 import json
 import re
@@ -219,6 +220,17 @@ def test_every_figure_of_the_readmes_results_stands_on_the_page_beside_it() -> N
         target = re.search(r"\]\(([^)#]+)", page)[1]
         missing = numbers_of(result) - numbers_of((ROOT / target).read_text(encoding="utf-8"))
         assert not missing, f"{what.strip()}: {missing} not in {target}"
+
+
+def test_the_table_of_label_counts_is_that_of_the_csv() -> None:
+    results = ROOT / "benchmarks" / "results" / "2026-11-21-label-count.csv"
+    seeds: dict[tuple[str, ...], list[float]] = {}
+    for row in csv.DictReader(results.read_text(encoding="utf-8").splitlines()):
+        key = tuple(row[name] for name in ("experiment", "kind", "labels", "noise"))
+        seeds.setdefault(key, []).append(100 * float(row["agreement"]))
+    page = (ROOT / "docs" / "feedback.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .+ \| ([\d.]+ %) \| ([\d.]+, [\d.]+, [\d.]+) \|$", page, re.M)
+    assert rows == [(f"{sum(v) / 3:.1f} %", ", ".join(f"{x:.1f}" for x in v)) for v in seeds.values()]
 
 
 def test_the_reading_list_of_the_readme_knows_how_long_a_file_is() -> None:
