@@ -33,7 +33,7 @@ from minirlhf import data, tokenizer
 from minirlhf.encode import split_by_prompt
 from minirlhf.evaluate import evaluation
 from minirlhf.feedback import machine, pairs
-from minirlhf.feedback.agreement import Share, order_bias
+from minirlhf.feedback.agreement import order_bias, share
 from minirlhf.feedback.labels import Label, read_labels
 from minirlhf.files import write_records
 from minirlhf.model import GPT
@@ -113,8 +113,7 @@ def against_the_world(labels: list[Label], prefers: Callable[[Label, int, int], 
                 said = prefers(found, i, j)
                 points += said if totals[i] > totals[j] else 1 - said
                 count += 1
-    share = Share(round(points), count)
-    return {"share": points / count, "interval": list(share.interval), "pairs": count}
+    return {"share": points / count, "interval": share(round(points), count)["interval"], "pairs": count}
 
 
 def by_ranks(found: Label, i: int, j: int) -> float:
@@ -134,8 +133,8 @@ def judged(labels: list[Label]) -> dict:
     return {
         "agreement": against_the_world(labels, by_ranks),
         "agreement_in_one_order": against_the_world(labels, in_one_order),
-        "first": bias.first,
-        "contradictions": {"share": bias.contradictions.mean, "interval": list(bias.contradictions.interval)},
+        "first": bias["first"],
+        "contradictions": {name: bias["contradictions"][name] for name in ("share", "interval")},
     }
 
 

@@ -19,6 +19,7 @@ import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import half_law, normal
 from torch import Tensor
 
 import train_ppo
@@ -133,6 +134,21 @@ def test_a_group_of_one_and_wrong_shapes_are_refused(name: str) -> None:
         estimator(torch.zeros(2), torch.zeros(2))
 
 
+EVERY: dict[str, Callable[[Tensor], Tensor]] = {
+    "rloo": lambda x: rloo(x, torch.tensor([0, 1, 0, 1])),
+    "grpo": lambda x: grpo(x, torch.tensor([0, 1, 0, 1])),
+    "grpo-no-std": lambda x: grpo_no_std(x, torch.tensor([0, 1, 0, 1])),
+    "reinforce": lambda x: reinforce(x, baseline=0.3),
+    "per token": lambda x: per_token(x, torch.ones(4, 2, dtype=torch.bool)),
+}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_half_types_are_computed_in_float32_and_nothing_carries_a_gradient(name: str) -> None:
+    half_law(EVERY[name], [9 * normal(4, seed=0)])
+    assert not EVERY[name](normal(4, seed=1).requires_grad_()).requires_grad
+
+
 def test_per_token_is_0_off_the_mask_whatever_stands_in_a_row() -> None:
     mask = torch.tensor([[False, True, True], [True, False, False], [False, False, False]])
     spread = per_token(torch.tensor([2.0, -1.0, math.nan]), mask)
@@ -155,8 +171,11 @@ def test_the_running_baseline() -> None:
     for reward in (1.0, 2.0, 6.0):
         mean.update(reward)
     assert mean.value == pytest.approx(3, rel=1e-12)
-    with pytest.raises(ValueError, match="decay"):
-        RunningBaseline(decay=1.5)
+    for decay in (-0.5, 1.5):
+        with pytest.raises(ValueError, match="decay"):
+            RunningBaseline(decay=decay)
+    with pytest.raises(ValueError, match="shape"):
+        reinforce(torch.zeros(2, 2), baseline=0.0)
 
 
 # -------------------------------------------------------------------------------------------- exact expected gradients
@@ -286,8 +305,10 @@ def test_padding_reaches_neither_the_kl_nor_its_gradient(kind: str) -> None:
     results = []
     for junk in (0.0, math.nan, -math.inf, 1e4):
         logprobs = torch.where(mask, clean, junk).requires_grad_()
-        loss = kl_loss(logprobs, torch.where(mask, ref, -junk).requires_grad_(), mask, estimator=kind)
+        reference = torch.where(mask, ref, -junk).requires_grad_()
+        loss = kl_loss(logprobs, reference, mask, estimator=kind)
         loss.backward()
+        assert reference.grad is None
         results.append((loss.detach(), logprobs.grad))
     for loss, gradient in results[1:]:
         assert torch.equal(loss, results[0][0]) and torch.equal(gradient, results[0][1])
@@ -299,10 +320,14 @@ def test_padding_reaches_neither_the_kl_nor_its_gradient(kind: str) -> None:
     torch.testing.assert_close(sum(parts), results[0][0])
 
 
-def test_k1_in_the_loss_is_refused() -> None:
-    one = torch.zeros(1, 1)
+def test_k1_in_the_loss_and_wrong_masks_are_refused() -> None:
+    one, mask = torch.zeros(1, 2), torch.ones(1, 2, dtype=torch.bool)
     with pytest.raises(ValueError, match="no gradient in expectation"):
-        kl_loss(one, one, torch.ones(1, 1, dtype=torch.bool), estimator="k1")
+        kl_loss(one, one, mask, estimator="k1")
+    with pytest.raises(ValueError, match=r"ref_logprobs has shape \(1, 2\) but mask has shape \(2, 2\)"):
+        kl_loss(one.expand(2, 2), one, mask.expand(2, 2), estimator="k2")
+    with pytest.raises(TypeError, match="bool mask"):
+        kl_loss(one, one, mask.long(), estimator="k2")
 
 
 # -------------------------------------------------------------------------------------------------------- in the stage
@@ -523,8 +548,8 @@ def test_ptx_texts_are_drawn_anew_each_step_and_by_the_seed_alone(
         ({"advantages": "rloo"}, "--group-size 1: --advantages rloo compares a prompt's responses"),
         ({"advantages": "grpo-no-std"}, "--group-size 1: --advantages grpo-no-std compares"),
         ({"group_size": 4}, "--group-size 4: must divide --rollout-size 6"),
-        ({**SETTINGS["rloo"], "gamma": 0.9}, "--gamma 0.9: is for rewards a token"),
-        ({**SETTINGS["reinforce"], "whiten_rewards": True}, "--whiten-rewards: is for rewards a token"),
+        ({**SETTINGS["rloo"], "gamma": 0.9}, "--gamma 0.9: is for rewards per token"),
+        ({**SETTINGS["reinforce"], "whiten_rewards": True}, "--whiten-rewards: is for rewards per token"),
         ({"ptx_coefficient": 1.0}, "--ptx-data and --ptx-coefficient: belong together"),
         ({"ptx_data": "x.jsonl"}, "--ptx-data and --ptx-coefficient: belong together"),
         ({**SETTINGS["rloo"], "rollout_size": 22}, "--rollout-size in groups of 2, prompts 11: larger than the 10"),

@@ -43,7 +43,7 @@ CASES = [
     ("an empty array", b"[]", DEMOS, None, "holds no records"),
     ("a broken line", GOOD + b"{oops\n", DEMOS, 2, "not JSON"),
     ("a line cut off", GOOD + GOOD[:-9], DEMOS, 2, "not JSON"),
-    ("two objects on a line", GOOD + GOOD[:-1] + GOOD, DEMOS, 2, "something follows the value"),
+    ("two objects on a line", GOOD + GOOD[:-1] + GOOD, DEMOS, 2, "not JSON (Extra data)"),
     ("single quotes", GOOD + b"{'prompt': 'p', 'response': 'r'}\n", DEMOS, 2, "not JSON"),
     ("a trailing comma", GOOD + b'{"prompt": "p", "response": "r",}\n', DEMOS, 2, "not JSON"),
     (
@@ -179,13 +179,13 @@ CASES = [
         2,
         "no field 'content or value'",
     ),
-    ("a message that is a text", CHAT + rows({"messages": ["hello"]}), DEMOS, 2, "a message in 'messages'"),
+    ("a message that is a text", CHAT + rows({"messages": ["hello"]}), DEMOS, 2, "'messages' must be a list of mess"),
     (
         "messages that are a text",
         CHAT + rows({"messages": "hello"}),
         DEMOS,
         2,
-        "the field 'messages' is a text, not a list of messages",
+        "the field 'messages' is a text, not a list",
     ),
     ("no messages", CHAT + rows({"messages": []}), DEMOS, 2, "no messages"),
     (
@@ -202,7 +202,13 @@ CASES = [
         1,
         "the field 'rejected' is a text",
     ),
-    ("instances that are a text", rows({"instruction": "a", "instances": "b"}), DEMOS, 1, "'instances' must be a list"),
+    (
+        "instances that are a text",
+        rows({"instruction": "a", "instances": "b"}),
+        DEMOS,
+        1,
+        "the field 'instances' is a text, not a list",
+    ),
     (
         "neither left nor right",
         rows(task("left"), task("middle")),
@@ -222,7 +228,7 @@ CASES = [
         rows(task("left"), {"data": TASK, "annotations": 3}),
         PAIRS,
         2,
-        "'annotations' must be a list",
+        "the field 'annotations' is the number 3, not a list",
     ),
     (
         "ranks of another length",
@@ -250,7 +256,7 @@ CASES = [
         rows({"text": "a", "label": 1}, {"text": "a", "label": "good"}),
         DEMOS,
         2,
-        "the field 'label' is 'good', not a number",
+        "the field 'label' is 'good', not a finite number",
     ),
     (
         "an endless rating",

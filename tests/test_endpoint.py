@@ -132,14 +132,16 @@ def stub() -> Iterator[ThreadingHTTPServer]:
     server.server_close()
 
 
-@pytest.fixture
-def waits() -> list[float]:
-    return []
+@pytest.fixture(autouse=True)
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that the client would have waited."""
+    asked: list[float] = []
+    monkeypatch.setattr(client, "sleep", asked.append)
+    return asked
 
 
-def make(stub: Any, path: Path, waits: list[float], key: str = "", **settings: Any) -> Endpoint:
-    config = Config(url=stub.url, model=settings.pop("model", "m"), **settings)
-    return Endpoint(config, CallLog(path / "calls.jsonl"), key=key, sleep=waits.append)
+def make(stub: Any, path: Path, key: str = "", **settings: Any) -> Endpoint:
+    return Endpoint(Config(**{"url": stub.url, "model": "m", **settings}), CallLog(path / "calls.jsonl"), key=key)
 
 
 def rows(path: Path) -> list[dict]:
@@ -148,7 +150,7 @@ def rows(path: Path) -> list[dict]:
 
 # ------------------------------------------------------------------------------------------------------- a good answer
 def test_what_is_asked_and_what_is_logged(stub, tmp_path: Path, waits: list) -> None:
-    found = make(stub, tmp_path, waits, key=KEY).first_token("Which?")
+    found = make(stub, tmp_path, key=KEY).first_token("Which?")
     assert found == {"A": -0.1, " B": -2.3, "The": -9.0} and waits == []
     ((path, headers, request),) = stub.requests
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
@@ -162,22 +164,22 @@ def test_what_is_asked_and_what_is_logged(stub, tmp_path: Path, waits: list) -> 
     assert KEY not in (tmp_path / "calls.jsonl").read_text()
 
 
-def test_without_a_key_none_is_sent(stub, tmp_path: Path, waits: list) -> None:
-    make(stub, tmp_path, waits).first_token("Which?")
+def test_without_a_key_none_is_sent(stub, tmp_path: Path) -> None:
+    make(stub, tmp_path).first_token("Which?")
     assert "Authorization" not in stub.requests[0][1]
 
 
-def test_what_was_answered_is_not_asked_again_by_a_later_process_either(stub, tmp_path: Path, waits: list) -> None:
-    first = make(stub, tmp_path, waits)
+def test_what_was_answered_is_not_asked_again_by_a_later_process_either(stub, tmp_path: Path) -> None:
+    first = make(stub, tmp_path)
     first.first_token("Which?")
     first.first_token("Which?")
     first.log.close()
-    again = make(stub, tmp_path, waits)
+    again = make(stub, tmp_path)
     assert again.first_token("Which?")["A"] == -0.1 and len(stub.requests) == 1
     again.first_token("And which?")
     assert len(stub.requests) == 2
     again.log.close()
-    make(stub, tmp_path, waits, model="n").first_token("Which?")  # another model's answer is another answer
+    make(stub, tmp_path, model="n").first_token("Which?")  # another model's answer is another answer
     assert len(stub.requests) == 3
 
 
@@ -211,22 +213,22 @@ BROKEN = {
 def test_a_busy_or_broken_server_is_asked_again(answer: Answer, stub, tmp_path: Path, waits: list) -> None:
     stub.answers = [answer, good()]
     # The time limit is for the whole call: the drip's good answer, after five seconds, would need no second request.
-    assert make(stub, tmp_path, waits, timeout=1.0).first_token("Which?")["A"] == -0.1
+    assert make(stub, tmp_path, timeout=1.0).first_token("Which?")["A"] == -0.1
     assert len(stub.requests) == 2 and len(waits) == 1 and 0.5 <= waits[0] <= 1.5
     failed, fine = rows(tmp_path)
     assert failed["answer"] is None and failed["error"] and fine["answer"] and failed["key"] == fine["key"]
 
 
-def test_of_an_answer_without_end_the_start_is_read(stub, tmp_path: Path, waits: list) -> None:
+def test_of_an_answer_without_end_the_start_is_read(stub, tmp_path: Path) -> None:
     stub.answers = [endless, good()]
-    make(stub, tmp_path, waits).first_token("Which?")
+    make(stub, tmp_path).first_token("Which?")
     assert rows(tmp_path)[0]["error"] == f"an answer of more than {client.LARGEST} bytes"
     assert stub.sent < 1 << 24  # the buffers of two sockets hold some of it
 
 
-def test_no_server_at_all(tmp_path: Path, waits: list) -> None:
+def test_no_server_at_all(tmp_path: Path) -> None:
     with CallLog(tmp_path / "calls.jsonl") as log:
-        nobody = Endpoint(Config(url="http://127.0.0.1:9/v1", model="m", attempts=2), log, sleep=waits.append)
+        nobody = Endpoint(Config(url="http://127.0.0.1:9/v1", model="m", attempts=2), log)
         with pytest.raises(UserError, match="2 calls failed, the last with: ConnectionRefusedError: .*refused; 0 ans"):
             nobody.first_token("Which?")
 
@@ -234,7 +236,7 @@ def test_no_server_at_all(tmp_path: Path, waits: list) -> None:
 def test_waits_double_up_to_a_limit_and_attempts_end(stub, tmp_path: Path, waits: list) -> None:
     stub.answers = [body(b"", 500)]
     with pytest.raises(UserError, match="10 calls failed, the last with: status 500; 0 answers are kept in"):
-        make(stub, tmp_path, waits, attempts=10).first_token("Which?")
+        make(stub, tmp_path, attempts=10).first_token("Which?")
     assert len(stub.requests) == 10 and len(waits) == 9
     for number, wait in enumerate(waits):
         assert min(0.5 * 2**number, 120) <= wait <= min(1.5 * 2**number, 120)
@@ -243,11 +245,11 @@ def test_waits_double_up_to_a_limit_and_attempts_end(stub, tmp_path: Path, waits
 
 def test_the_server_may_ask_to_wait(stub, tmp_path: Path, waits: list) -> None:
     stub.answers = [body(b"", 429, Retry_After="17"), good()]
-    make(stub, tmp_path, waits).first_token("Which?")
+    make(stub, tmp_path).first_token("Which?")
     assert waits == [17.0]
     stub.answers = [body(b"later", 429, Retry_After="3600")]
     with pytest.raises(UserError, match="status 429: later; it asks to wait 3600 s"):
-        make(stub, tmp_path / "b", waits).first_token("Which?")
+        make(stub, tmp_path / "b").first_token("Which?")
 
 
 def test_retry_after_as_number_date_or_nonsense() -> None:
@@ -259,34 +261,34 @@ def test_retry_after_as_number_date_or_nonsense() -> None:
 
 # -------------------------------------------------------------------------------------------------------------- refusal
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
-def test_a_refusal_is_not_repeated_and_the_key_is_not_shown(status: int, stub, tmp_path: Path, waits: list) -> None:
+def test_a_refusal_is_not_repeated_and_the_key_is_not_shown(status: int, stub, tmp_path: Path) -> None:
     stub.answers = [body({"error": f"bad key {KEY}"}, status)]
     with pytest.raises(UserError, match=f"status {status}: .*bad key ") as error:
-        make(stub, tmp_path, waits, key=KEY).first_token("Which?")
+        make(stub, tmp_path, key=KEY).first_token("Which?")
     assert len(stub.requests) == 1 and KEY not in str(error.value)
     assert KEY not in (tmp_path / "calls.jsonl").read_text() and rows(tmp_path)[0]["error"]
 
 
-def test_another_address_is_not_followed(stub, tmp_path: Path, waits: list) -> None:
+def test_another_address_is_not_followed(stub, tmp_path: Path) -> None:
     stub.answers = [body(b"", 302, Location=f"{stub.url}/elsewhere")]
     with pytest.raises(UserError, match="status 302"):
-        make(stub, tmp_path, waits, key=KEY).first_token("Which?")
+        make(stub, tmp_path, key=KEY).first_token("Which?")
     assert len(stub.requests) == 1
 
 
-def test_a_server_without_log_probabilities(stub, tmp_path: Path, waits: list) -> None:
+def test_a_server_without_log_probabilities(stub, tmp_path: Path) -> None:
     stub.answers = [body({"choices": [{"message": {"content": "A"}, "logprobs": None}]})]
     with pytest.raises(
         UserError, match="gives no log-probabilities .logprobs is null., which the judge needs; 0 answers are kept"
     ):
-        make(stub, tmp_path, waits).first_token("Which?")
+        make(stub, tmp_path).first_token("Which?")
     assert len(stub.requests) == 1
 
 
 @pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY}\u00e9"])
-def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key: str, stub, tmp_path: Path, waits: list) -> None:
+def test_a_key_that_no_header_can_hold_is_refused_and_not_shown(key: str, stub, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--key-variable: the key has a character") as error:
-        make(stub, tmp_path, waits, key=key)
+        make(stub, tmp_path, key=key)
     assert KEY not in str(error.value)
 
 
@@ -311,12 +313,12 @@ def test_addresses_that_are_refused(url: str, tmp_path: Path) -> None:
 
 
 # --------------------------------------------------------------------------------------------------------------- budget
-def test_the_budget_of_calls_counts_failures_and_earlier_runs(stub, tmp_path: Path, waits: list) -> None:
+def test_the_budget_of_calls_counts_failures_and_earlier_runs(stub, tmp_path: Path) -> None:
     stub.answers = [body(b"", 500), good()]
-    first = make(stub, tmp_path, waits, max_calls=3)
+    first = make(stub, tmp_path, max_calls=3)
     first.first_token("1")  # two calls
     first.log.close()
-    again = make(stub, tmp_path, waits, max_calls=3)
+    again = make(stub, tmp_path, max_calls=3)
     again.first_token("2")
     with pytest.raises(UserError, match="--max-calls 3: the budget of calls is spent; 2 answers are kept in"):
         again.first_token("3")
@@ -324,10 +326,10 @@ def test_the_budget_of_calls_counts_failures_and_earlier_runs(stub, tmp_path: Pa
 
 
 @pytest.mark.parametrize("tokens, calls", [(40, 3), (None, 1)])
-def test_the_budget_of_tokens(tokens: int | None, calls: int, stub, tmp_path: Path, waits: list) -> None:
+def test_the_budget_of_tokens(tokens: int | None, calls: int, stub, tmp_path: Path) -> None:
     """As the server counts; where it does not, a request of about 200 bytes is taken for as many tokens."""
     stub.answers = [good(tokens=tokens)]
-    endpoint = make(stub, tmp_path, waits, max_tokens=100)
+    endpoint = make(stub, tmp_path, max_tokens=100)
     for number in range(calls):
         endpoint.first_token(str(number))
     with pytest.raises(UserError, match="--max-tokens 100: the budget of tokens is spent"):
@@ -336,8 +338,8 @@ def test_the_budget_of_tokens(tokens: int | None, calls: int, stub, tmp_path: Pa
 
 
 # ------------------------------------------------------------------------------------------------------------------ log
-def test_a_torn_line_is_dropped_and_a_foreign_file_is_refused(stub, tmp_path: Path, waits: list) -> None:
-    with make(stub, tmp_path, waits).log as log:
+def test_a_torn_line_is_dropped_and_a_foreign_file_is_refused(stub, tmp_path: Path) -> None:
+    with make(stub, tmp_path).log as log:
         log.add({"key": "k", "answer": {"A": -0.1}, "tokens": 7})
     path = tmp_path / "calls.jsonl"
     whole = path.read_bytes()

@@ -17,8 +17,9 @@ import train_dpo
 import train_ppo
 from minirlhf import reward_functions
 from minirlhf.batch import Batch
+from minirlhf.files import read_records
 from minirlhf.rollout import Rollout
-from minirlhf.runs.health import RULES, Hints, Row, read_hints
+from minirlhf.runs.health import HINTS, RULES, Hints, Row
 from minirlhf.runs.log import read_rows
 from minirlhf.runs.stage import Stage
 
@@ -53,6 +54,10 @@ def healthy(kind: str) -> list[Row]:
         part = step / (STEPS - 1)
         rows.append({"step": step} | {name: (1 - part) * a + part * b for name, (a, b) in ends.items()})
     return rows
+
+
+def read_hints(stage: Path) -> list[Row]:
+    return read_records(stage / HINTS)
 
 
 def hints(kind: str, rows: list[Row], folder: Path, **changes: object) -> list[tuple[int, str]]:

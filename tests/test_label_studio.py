@@ -11,8 +11,8 @@ from labelling import write_candidates
 
 from minirlhf import data
 from minirlhf.data.formats import message_prompt
-from minirlhf.feedback.label_studio import ExportConfig, ImportConfig, export_tasks, import_labels, read_export
-from minirlhf.feedback.labels import Candidates, Label, item_id, read_labels
+from minirlhf.feedback.label_studio import ExportConfig, ImportConfig, export_tasks, import_labels, task_labels
+from minirlhf.feedback.labels import Candidates, Label, read_labels, read_lines
 from minirlhf.feedback.tasks import Task
 from minirlhf.runtime import UserError
 
@@ -20,7 +20,7 @@ EXPORTED = Path(__file__).parent / "files" / "label-studio.json"
 
 
 def test_an_export_by_hand() -> None:
-    labels, left_out = read_export(EXPORTED)
+    labels, left_out = read_lines(EXPORTED, task_labels)
     lion, seal = message_prompt("What does the lion eat?"), message_prompt("Where does the seal live?")
     lions, seals = (" The lion eats meat.", " Find out for yourself."), (" In the jungle.", " In the sea.")
     assert labels == [
@@ -42,7 +42,7 @@ def test_the_short_export(tmp_path: Path) -> None:
         "annotator": 3,
     }
     (tmp_path / "e.json").write_text(json.dumps([row]))
-    (label,), _ = read_export(tmp_path / "e.json")
+    (label,), _ = read_lines(tmp_path / "e.json", task_labels)
     assert label == Label(
         message_prompt("Why?"), (" a", " b"), (1, 0), "right", labeller="label-studio 3", shown=(0, 1)
     )
@@ -74,7 +74,7 @@ def test_what_goes_out_comes_back_with_ids_sources_and_sides(tmp_path: Path) -> 
             k = whole.responses.index(text)
             assert ids == whole.response_ids[k] and source == whole.sources[k]
     assert all(label.labeller == "label-studio 7" for label in labels)
-    assert [x.item for x in labels] == [item_id(x.prompt, x.responses) for x in labels]
+    assert [x.item for x in labels] == [Candidates(x.prompt, x.responses).item for x in labels]
 
 
 def test_what_goes_out_is_read_by_the_training_scripts_reader_too(tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_what_goes_out_is_read_by_the_training_scripts_reader_too(tmp_path: Path
     tasks = json.loads(export_tasks(ExportConfig(run=tmp_path, candidates=tmp_path / "c.jsonl")).read_text())
     (tmp_path / "e.json").write_text(json.dumps(annotate(tasks, "lrl")))
     pairs = data.load(tmp_path / "e.json", "pairs")
-    labels, _ = read_export(tmp_path / "e.json")
+    labels, _ = read_lines(tmp_path / "e.json", task_labels)
     assert [(p["prompt"], p["chosen"]) for p in pairs] == [(x.prompt, x.responses[x.ranks.index(0)]) for x in labels]
 
 
@@ -114,20 +114,20 @@ def changed(**changes: object) -> dict:
     [
         (changed(selected="middle"), "selected is 'middle'; it must be left or right"),
         (changed(answer1="c"), "'answer1' and 'answer2' are not the responses under 'source'"),
-        (changed(source=[1]), "'source' is not an object"),
+        (changed(source=[1]), "the field 'source' is a list, not an object; export the tasks anew"),
         (changed(source={"prompt": "p", "responses": [" a"], "shown": [0]}), "1 responses; a comparison needs"),
         (changed(source={"prompt": "p", "responses": [" a", " b"]}), "no field 'shown'"),
         (changed(source={"prompt": "p", "responses": [" a", " b"], "shown": [0, 0]}), "are not the responses"),
         ({"prompt": "p", "chosen": "a", "rejected": "b"}, "not a task of Label Studio"),
         ({"data": [], "annotations": []}, "the field 'data' is a list, not an object"),
-        (changed() | {"annotations": "none"}, "'annotations' must be a list"),
+        (changed() | {"annotations": "none"}, "the field 'annotations' is a text, not a list"),
     ],
 )
 def test_bad_exports_are_named_with_their_line(row: dict, words: str, tmp_path: Path) -> None:
     path = tmp_path / "e.json"
     path.write_text(f"[{json.dumps(changed())},\n{json.dumps(row)}]")
     with pytest.raises(UserError, match=f"^{re.escape(str(path))}:2: .*{re.escape(words)}"):
-        read_export(path)
+        read_lines(path, task_labels)
 
 
 def test_nothing_is_overwritten_and_nothing_empty_is_written(tmp_path: Path) -> None:

@@ -12,11 +12,11 @@ import pytest
 
 from minirlhf.config import run_script
 from minirlhf.feedback import pairs, stats
-from minirlhf.feedback.labels import Candidates, Label, item_id, read_candidates, read_labels
+from minirlhf.feedback.labels import Candidates, Label, read_candidates, read_labels
 from minirlhf.runtime import UserError
 
 GOOD = {
-    "item": item_id("p", [" a", " b"]),
+    "item": Candidates("p", (" a", " b")).item,
     "prompt": "p",
     "responses": [" a", " b"],
     "ranks": [0, 1],
@@ -32,7 +32,7 @@ GOOD = {
 CASES = [
     ("half a line", json.dumps(GOOD)[:-7], "not JSON"),
     ("not UTF-8", b"\xff\xfe\x00", "not UTF-8"),
-    ("a list", "[1]", "not a JSON object"),
+    ("a list", "[1]", "not an object with fields"),
     ("NaN", '{"seconds": NaN}', "NaN is not JSON"),
     ("a field twice", '{"prompt": "p", "prompt": "q"}', "stands twice"),
     ("no prompt", {"prompt": None}, "the field 'prompt' is null, not text"),
@@ -44,7 +44,7 @@ CASES = [
     ("too few ranks", {"ranks": [0]}, "'ranks' has 1 values for 2 responses"),
     ("a rank left out", {"ranks": [0, 2]}, "'ranks' [0, 2] leave a rank out"),
     ("ranks from one", {"ranks": [1, 2]}, "'ranks' [1, 2] leave a rank out"),
-    ("a negative rank", {"ranks": [0, -1]}, "'ranks' must be whole numbers of 0 or more"),
+    ("a negative rank", {"ranks": [0, -1]}, "'ranks' [0, -1] leave a rank out"),
     ("ranks that are true or false", {"ranks": [False, True]}, "'ranks' must be whole numbers"),
     ("an unknown verdict", {"verdict": "better"}, "the verdict is 'better'; it must be one of left, right"),
     (
@@ -138,16 +138,28 @@ def test_files_with_nothing(content: bytes | None, words: str, tmp_path: Path) -
 
 
 def test_a_label_is_read_as_it_was_written(tmp_path: Path) -> None:
-    label = Label("p", (" a", " b"), (0, 1), "right", "anna", (1, 0), False, "n", 1.5, ("x", "y"), ([1], [2, 3]))
+    label = Label(
+        "p",
+        (" a", " b"),
+        (0, 1),
+        "right",
+        "anna",
+        (1, 0),
+        False,
+        "n",
+        1.5,
+        sources=("x", "y"),
+        response_ids=([1], [2, 3]),
+    )
     assert label.record() == {**GOOD, **{k: tuple(GOOD[k]) for k in GOOD if isinstance(GOOD[k], list)}}
     (tmp_path / "l.jsonl").write_text(json.dumps(label.record()) + "\n")
     assert read_labels(tmp_path / "l.jsonl") == [label]
 
 
 def test_an_item_is_the_same_in_any_order() -> None:
-    assert item_id("p", [" a", " b"]) == item_id("p", [" b", " a"])
-    others = [item_id("q", [" a", " b"]), item_id("p", [" a", " c"]), item_id("p", [" a b"]), item_id("p a", [" b"])]
-    assert len({item_id("p", [" a", " b"]), *others}) == 5
+    same = {Candidates("p", responses).item for responses in ((" a", " b"), (" b", " a"))}
+    others = [("q", (" a", " b")), ("p", (" a", " c")), ("p", (" a b",)), ("p a", (" b",))]
+    assert len(same) == 1 and len(same | {Candidates(*other).item for other in others}) == 5
 
 
 def test_rankings_and_pairs_of_other_origin_are_labels(tmp_path: Path) -> None:

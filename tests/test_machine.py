@@ -19,9 +19,9 @@ from minirlhf.encode import encode_example, encode_prompt
 from minirlhf.evaluate import judges
 from minirlhf.evaluate.judges import comparison_text
 from minirlhf.feedback import machine, pairs, stats
-from minirlhf.feedback.agreement import order_bias
+from minirlhf.feedback.agreement import order_bias, share
 from minirlhf.feedback.labels import Candidates, Label, read_labels
-from minirlhf.feedback.machine import by_orders, label_by_machine
+from minirlhf.feedback.machine import by_orders, tasks_and_file, write_labels
 from minirlhf.feedback.pairs import worked_comparisons
 from minirlhf.feedback.tasks import Task, make_tasks
 from minirlhf.files import write_records
@@ -42,31 +42,21 @@ def candidates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 # ----------------------------------------------------------------------------------------------------------- all alike
 def test_the_questions_are_those_that_people_are_asked(candidates: Path, tmp_path: Path) -> None:
-    seen = []
-
-    def ask(tasks):
-        seen.extend(tasks)
-        return [task.label("m", (0, 1)) for task in tasks]
-
     config = machine.MachineConfig(
         candidates=candidates, output=tmp_path / "m.jsonl", labeller="m", pairs_per_prompt=2, seed=5
     )
-    label_by_machine(config, ask)
+    seen, _ = tasks_and_file(config)
     people = make_tasks(config, "anna", repeat_share=0.1)
     assert {task.key for task in seen} == {task.key for task in people if not task.repeat}
     assert len(seen) == 24 and len({task.shown for task in seen}) == 2
 
 
 def test_what_a_machine_says_is_written_as_labels(candidates: Path, tmp_path: Path, capsys) -> None:
-    ranks = [(0, 1), (1, 0), (0, 0), None]
-
-    def ask(tasks):
-        labels = [task.label("m", said) for task, said in zip(tasks, ranks, strict=True)]
-        labels[1] = replace(labels[1], scores=(1.5, 2.0), orders=(0.75, 0.5))
-        return labels
-
     config = machine.MachineConfig(candidates=candidates, output=tmp_path / "m.jsonl", labeller="m", max_items=4)
-    label_by_machine(config, ask)
+    tasks, output = tasks_and_file(config)
+    labels = [task.label("m", said) for task, said in zip(tasks, [(0, 1), (1, 0), (0, 0), None], strict=True)]
+    labels[1] = replace(labels[1], scores=(1.5, 2.0), orders=(0.75, 0.5))
+    write_labels(output, labels)
     first, second, third, fourth = read_labels(tmp_path / "m.jsonl")
     assert first.verdict == ("left" if first.shown[0] == 0 else "right") and first.ranks == (0, 1)
     assert second.verdict == ("left" if second.shown[0] == 1 else "right") and second.ranks == (1, 0)
@@ -74,12 +64,13 @@ def test_what_a_machine_says_is_written_as_labels(candidates: Path, tmp_path: Pa
     assert (third.verdict, fourth.verdict) == ("tie", "skip") and {x.labeller for x in (first, fourth)} == {"m"}
     assert "4 labels, 1 of them skips" in capsys.readouterr().out
     with pytest.raises(UserError, match="m.jsonl: exists already"):
-        label_by_machine(config, ask)
+        tasks_and_file(config)
 
 
 def test_rankings_have_their_verdict(candidates: Path, tmp_path: Path) -> None:
     config = machine.MachineConfig(candidates=candidates, output=tmp_path / "m.jsonl", max_items=2, mode="rankings")
-    label_by_machine(config, lambda tasks: [tasks[0].label("m", (2, 0, 1)), tasks[1].label("m", (0, 0, 0))])
+    (one, other), output = tasks_and_file(config)
+    write_labels(output, [one.label("m", (2, 0, 1)), other.label("m", (0, 0, 0))])
     ranked, tie = read_labels(tmp_path / "m.jsonl")
     assert (ranked.verdict, ranked.ranks, tie.verdict) == ("ranked", (2, 0, 1), "tie")
 
@@ -119,11 +110,11 @@ def test_a_judge_that_always_takes_the_first_has_no_preference_and_is_found_out(
     labels.append(Label("p", (" a", " b"), (0, 1), "left", "j", shown=(0, 1), orders=(0.7, 0.1)))
     bias = order_bias(labels)["j"]
     # (3 x 1.8 + 0.8) / 8 = 0.775; the first three say "the first" twice
-    assert bias.first == pytest.approx(0.775) and (bias.contradictions.count, bias.contradictions.of) == (3, 4)
-    assert "0.775" in str(bias) and "75.0%" in str(bias)
+    assert bias == {"first": pytest.approx(0.775), "contradictions": share(3, 4)}
     summary = stats.summarise(labels)
-    assert summary["order_bias"]["j"]["first"] == pytest.approx(0.775)
-    assert "j gives the one it reads first 0.775 on average" in stats.table(summary)
+    assert summary["order_bias"] == {"j": bias}
+    words = "j gives the one it reads first a probability of 0.775 on average; its two orders contradict each other in"
+    assert f"{words} 75.0% (30.1% to 95.4%) of 4 pairs" in stats.table(summary)
 
 
 # ----------------------------------------------------------------------------------------------------------- labellers
@@ -250,7 +241,9 @@ def test_a_comparison_too_long_for_the_judge_loses_its_start(tmp_path: Path, cap
         candidates=tmp_path / "c.jsonl", output=tmp_path / "j.jsonl", model=str(folder), device="cpu"
     )
     (found,) = read_labels(machine.judge_model(config))
-    assert "2 comparisons lost their start to fit the judge's 96 tokens" in capsys.readouterr().out
+    assert (
+        "2 of 2 questions to the judge model lost their start to fit the judge's 96 tokens" in capsys.readouterr().out
+    )
     model, verdicts = GPT.from_pretrained(folder), [tokenizer.encode(ENCODING, v) for v in (" A", " B")]
     first, second = (found.responses[i] for i in found.shown)
     ids = encode_prompt(ENCODING, comparison_text(long, first, second))[-(96 - max(map(len, verdicts))) :]

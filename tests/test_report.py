@@ -13,11 +13,14 @@ from reporting import BROKEN, FALLING, RISING, ROWS, SUMMARY, Page, a_run, page_
 
 from minirlhf.report import write_report
 from minirlhf.report.chart import POINTS, Axis, Line, chart, log_ticks, number, short, thinned, ticks
-from minirlhf.report.page import SECTIONS
-from minirlhf.report.run import kind_of, read_run
-from minirlhf.report.verdict import at, checks, fall, over_optimised, traced
+from minirlhf.report.page import template
+from minirlhf.report.run import Run, kind_of
+from minirlhf.report.sections import SECTIONS
+from minirlhf.report.verdict import at, checks, fall, over_optimised
 from minirlhf.runs.health import HEALTHY, RULES, Metric
 from minirlhf.world import judge
+
+PLACES = [place for place, *_ in SECTIONS]
 
 
 @pytest.fixture
@@ -29,8 +32,8 @@ def run(tmp_path: Path) -> Path:
 def test_a_finished_run_has_every_section_and_its_numbers(run: Path) -> None:
     page = page_of(run)
     assert (run / "report.html").is_file()
-    assert [s["id"] for s in page.all("section")] == list(SECTIONS)
-    assert [a["href"] for a in page.all("a")] == [f"#{name}" for name in SECTIONS]
+    assert [s["id"] for s in page.all("section")] == PLACES
+    assert [a["href"] for a in page.all("a")] == [f"#{name}" for name in PLACES]
     assert "Not there yet" not in page.text and "-0.0" not in page.text
     for words in (
         "PPO did not over-optimise.",
@@ -62,7 +65,7 @@ def test_every_chart_says_what_it_is_and_healthy_ranges_are_shaded(run: Path) ->
     titles = re.findall(r"<svg[^>]*><title>([^<]+)</title>", source)
     assert len(titles) == len(page.all("svg"))
     healthy = [s["aria-label"] for s in page.all("svg") if "healthy: " in s["aria-label"]]
-    assert len(healthy) == len([r for r in page.all("rect") if r.get("class") == "band"]) >= 8
+    assert len(healthy) == len([p for p in page.all("path") if p["class"] == "band"]) >= 8
     assert "Share of tokens clipped, against iteration; healthy: at most 0.3" in healthy
 
 
@@ -108,7 +111,7 @@ def test_unfinished_runs_have_a_report_too(missing: str, run: Path) -> None:
         (run / "dpo" / "run.json").unlink()
         (run / "dpo" / "stage.json").unlink()
     page = page_of(run)
-    assert [s["id"] for s in page.all("section")] == list(SECTIONS)
+    assert [s["id"] for s in page.all("section")] == PLACES
     if missing in ("files", "all but sft"):
         assert "python -m minirlhf.evaluate --run RUN" in page.text and "no threshold can be checked" in page.text
     if missing in ("ppo", "all but sft"):
@@ -125,7 +128,7 @@ def test_several_runs_lie_over_each_other(tmp_path: Path) -> None:
     page = page_of(*runs, out=tmp_path / "out")
     assert (tmp_path / "out" / "report.html").is_file() and not (runs[0] / "report.html").exists()
     text = re.sub(r"\s+", " ", page.text)
-    assert "a/tiny PPO did not over-optimise." in text.replace("Verdicta/tiny", "a/tiny ")
+    assert "a/tinyPPO did not over-optimise." in text
     assert "PPO over-optimised." in text and "ppo: beta0.10.005" in text
     assert "ppo: run" not in text and "ppo: seed" not in text  # these do not differ, or must
     assert "a/tiny: end 0.4 b/tiny: end 0.4" in text and "judge: 2, 0.4" in text  # at sqrt(4)
@@ -163,35 +166,37 @@ def test_a_stage_of_any_name_is_what_it_logs(logged: tuple[str, ...], kind: str,
     assert f"curves-{kind}" in [h.get("id") for h in page.all("h3")] or kind == "other"
 
 
-@pytest.mark.parametrize(("errors", "answer"), [(2.9, "no"), (3.1, "yes")])
-def test_a_fall_counts_above_three_standard_errors(errors: float, answer: str) -> None:
+@pytest.mark.parametrize(("errors", "headline"), [(2.9, "PPO did not over-optimise"), (3.1, "PPO over-optimised")])
+def test_a_fall_counts_above_three_standard_errors(errors: float, headline: str, run: Path) -> None:
     """Over 100 prompts whose differences are m + 1 and m - 1, half each, the standard error is 1 / sqrt(99)."""
     mean = errors / math.sqrt(99)
     best = {"marks": [1.0, -1.0] * 50, "iteration": 4, "kl": 1.0, "judge": 0.5, "reward": 0.2}
     last = {"marks": [-mean] * 100, "iteration": 8, "kl": 2.0, "judge": 0.5 - mean, "reward": 0.4}
-    assert traced("ppo", [best, last]).answer == answer
+    write(run / "ppo" / "trace.jsonl", [best, last])
+    found = Run(run, "run", "")
+    assert over_optimised(found, found.of_kind("ppo")[0])[1].startswith(headline)
 
 
 # ------------------------------------------------------------------------------------------------------------- verdict
 @pytest.mark.parametrize(
-    "trace, answer, words",
+    "trace, colour, words",
     [
-        (RISING, "no", "The judge's best is the last measurement."),
-        (FALLING, "yes", "from +0.15 to −0.30, its best was +0.40 at iteration 6 (KL 4.0 nats)"),
-        (BROKEN, "broke", "and the reward fell too"),
-        ([*RISING, point(18, 1.4, 1.0, 0.78, spread=0.9)], "no", "could be told from chance"),
-        ([], "unknown", "Whether the judge's mark was higher in between was not measured"),
-        (RISING[:1], "unknown", "Whether the judge's mark was higher in between was not measured"),
-        (RISING[:2], "no", "The judge's best is the last measurement."),  # two measurements are a trace
+        (RISING, "good", "The judge's best is the last measurement."),
+        (FALLING, "bad", "from +0.15 to −0.30, its best was +0.40 at iteration 6 (KL 4.0 nats)"),
+        (BROKEN, "bad", "and the reward fell too"),
+        ([*RISING, point(18, 1.4, 1.0, 0.78, spread=0.9)], "good", "could be told from chance"),
+        ([], "middling", "Whether the judge's mark was higher in between was not measured"),
+        (RISING[:1], "middling", "Whether the judge's mark was higher in between was not measured"),
+        (RISING[:2], "good", "The judge's best is the last measurement."),  # two measurements are a trace
     ],
 )
-def test_the_verdict_and_the_numbers_behind_it(trace: list, answer: str, words: str, run: Path) -> None:
+def test_the_verdict_and_the_numbers_behind_it(trace: list, colour: str, words: str, run: Path) -> None:
     write(run / "ppo" / "trace.jsonl", trace)
-    found = read_run(run, "run")
-    finding = over_optimised(found, found.of_kind("ppo")[0])
-    assert finding.answer == answer and words in finding.why
-    assert ("Without a trace" in page_of(run).text) == (trace == [])
-    assert finding.headline in page_of(run).text
+    found = Run(run, "run", "")
+    kind, headline, why = over_optimised(found, found.of_kind("ppo")[0])
+    assert kind == colour and words in why
+    page = page_of(run).text
+    assert headline in page and ("Without a trace" in page) == (trace == [])
 
 
 def test_the_headline_is_green_only_where_all_is_well(run: Path) -> None:
@@ -209,7 +214,7 @@ def test_the_headline_is_green_only_where_all_is_well(run: Path) -> None:
     summary["models"]["ppo"]["eos_rate"] = 0.4
     (run / "summary.json").write_text(json.dumps(summary))
     assert headline()[0] == "middling"
-    summary["models"]["ppo"] |= {"eos_rate": 1.0, "win_rate": {"mean": 0.55, "interval": [0.45, 0.65]}}
+    summary["models"]["ppo"] |= {"eos_rate": 1.0, "win_rate": {"mean": 0.55, "interval": [0.5, 0.65]}}
     (run / "summary.json").write_text(json.dumps(summary))
     assert headline() == ("middling", "PPO did not over-optimise, but not all of its thresholds are met.")
     write(run / "ppo" / "trace.jsonl", FALLING)
@@ -231,9 +236,9 @@ def test_without_a_trace_a_judge_that_prefers_sft_is_enough(run: Path) -> None:
 
 
 def test_every_threshold_says_what_is_asked_what_for_and_what_was_found(run: Path) -> None:
-    found = checks(read_run(run, "run"))
-    assert all(check.met for check in found) and len(found) == 9
-    assert {check.what: check.needed for check in found[:5]} == {
+    found = checks(Run(run, "run", ""))
+    assert all(met for *_, met in found) and len(found) == 9
+    assert {what: needed for what, needed, *_ in found[:5]} == {
         "The reward model orders answers as the judge does": "at least 88% of pairs",
         "PPO is better than SFT by the judge": "win rate above 50%, with its whole interval",
         "PPO stayed near SFT": "KL 0 to 10 nats",
@@ -251,37 +256,42 @@ def test_a_fall_is_a_mean_of_differences_with_its_error() -> None:
 
 # ----------------------------------------------------------------------------------------------------------- one table
 def test_every_hint_has_advice_and_every_range_in_the_curves_too() -> None:
-    assert all(HEALTHY[rule.about].advice for rule in RULES.values())
-    assert all(m.advice for (stage, _), m in HEALTHY.items() if m.has_range and stage != "summary")
+    assert all(HEALTHY[about].advice for about, *_ in RULES.values())
+    assert all(metric.advice for metric in HEALTHY.values() if str(metric))
 
 
 def test_ranges_in_words_and_in_units_of_the_first_value() -> None:
-    assert [str(Metric(high=1e-4)), str(Metric(low=0.9)), str(Metric(0, 10))] == [
-        "at most 0.0001",
-        "at least 0.9",
-        "0 to 10",
-    ]
+    ranges = [Metric(high=1e-4), Metric(low=0.9), Metric(0, 10), Metric()]
+    assert [str(metric) for metric in ranges] == ["at most 0.0001", "at least 0.9", "0 to 10", ""]
     half = Metric(0.5, 2, of_first=True)
     assert str(half) == "0.5 to 2 of the first" and half.beside(10.0) == Metric(5.0, 20.0)
     assert 20.0 in half.beside(10.0) and 20.1 not in half.beside(10.0) and 0.3 in Metric(high=0.3)
 
 
 # -------------------------------------------------------------------------------------------------------------- charts
+def drawn(line: Line, **settings: object) -> str:
+    """The chart of one line as it stands in the page."""
+    return template().module.draw(chart("t", [line], "step", **settings))
+
+
 def test_a_line_is_drawn_where_its_numbers_are() -> None:
-    svg = chart("t", [Line("a", [(0, 0.0), (1, float("nan")), (5, 5.0), (10, 10.0)])], x_label="step")
+    svg = drawn(Line("a", [(0, 0.0), (1, float("nan")), (5, 5.0), (10, 10.0)], dots=False))
     path = re.search(r'class="line c0" d="M([\d. L]+)"', svg)[1]
     (x0, y0), (x1, y1), (x2, y2) = (tuple(map(float, p.split())) for p in path.split("L"))
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.11) and y0 - y1 == pytest.approx(y1 - y2, abs=0.11)  # one decimal
-    assert y0 > y2 and (x0, y0) == (58.0, 192.0)  # the frame's corner: left 58, bottom 230 - 38
-    assert "no number yet" in chart("t", [Line("a", [(0, float("inf"))])], x_label="step")
+    assert y0 > y2 and (x0, y0) == (58.0, 192.0)  # the frame's corner
+    assert "circle" not in svg and "<circle" in drawn(Line("a", [(0, 1.0)], dots=False))  # one point is no line
+    assert 'd="M58.0 192.0L334.2 28.2M58.0 192.0V110.1' in drawn(Line("a", [(0, 0), (1, 1)], errors=[(0, 0.5)]))
+    assert "no number yet" in drawn(Line("a", [(0, float("inf"))]))
 
 
 def test_axes_have_round_numbers() -> None:
     assert ticks(0.0, 10.0) == [0.0, 2.0, 4.0, 6.0, 8.0, 10.0]
     assert ticks(-0.31, 0.82) == [-0.25, 0.0, 0.25, 0.5, 0.75]
     assert log_ticks(0.2, 7.0) == pytest.approx([0.2, 0.5, 1.0, 2.0, 5.0])
-    assert Axis(1.0, 100.0, 0.0, 200.0, log=True).place(10.0) == pytest.approx(100.0)
-    assert Axis(0.0, 4.0, 100.0, 0.0).place(1.0) == 75.0 and Axis(0.0, 4.0, 100.0, 0.0).place(9.0) == 0.0
+    assert Axis([10.0, 1000.0], 0.0, 200.0, Metric(log=True)).place(100.0) == 100.0
+    falling = Axis([0.0, 4.0], 100.0, 0.0)  # to 4.2, a twentieth more
+    assert [falling.place(value) for value in (0.0, 1.0, 9.0)] == [100.0, 76.2, 0.0]
 
 
 def test_long_curves_are_drawn_as_means() -> None:
@@ -296,8 +306,8 @@ def test_a_chart_has_a_point_for_every_row(count: int, run: Path) -> None:
     names = ("loss", "validation_loss", "grad_norm", "learning_rate")
     write(run / "sft" / "metrics.jsonl", [{"step": i, **dict.fromkeys(names, 1.0 + i % 7)} for i in range(count)])
     source = write_report([run]).read_text()
-    paths = [p["d"] for p in Page(source).all("path") if p["class"] == "line c0"]
-    assert all(re.fullmatch(r"M[\d.]+ [\d.]+(L[\d.]+ [\d.]+)*", path) for path in paths)
+    paths = [p["d"] for p in Page(source).all("path") if p["class"] == "line c0" and p["d"]]
+    assert all(re.fullmatch(r"(M[\d.]+ [\d.]+((L[\d.]+ [\d.]+)*|V[\d.]+))+", path) for path in paths)
     assert [path.count("L") + 1 for path in paths].count(count) >= len(names)
 
 
@@ -314,10 +324,10 @@ def test_numbers_beside_an_axis_are_short_enough_to_be_seen(top: float) -> None:
 
 
 def test_a_logarithmic_axis_says_so() -> None:
-    line = [Line("a", [(0, 1.0), (1, 50.0)])]
-    assert ">log scale<" in chart("t", line, x_label="step", log=True)
-    assert ">log scale<" not in chart("t", line, x_label="step")
-    assert ">log scale<" not in chart("t", [Line("a", [(0, -1.0), (1, 50.0)])], x_label="step", log=True)
+    log = Metric(log=True)
+    assert ">log scale<" in drawn(Line("a", [(0, 1.0), (1, 50.0)]), band=log)
+    assert ">log scale<" not in drawn(Line("a", [(0, 1.0), (1, 50.0)]))
+    assert ">log scale<" not in drawn(Line("a", [(0, -1.0), (1, 50.0)]), band=log)
 
 
 def test_no_line_doubles_back(run: Path) -> None:
@@ -326,8 +336,11 @@ def test_no_line_doubles_back(run: Path) -> None:
         write(run / "ppo" / "trace.jsonl", trace)
         source = write_report([run]).read_text()
         charts = dict(re.findall(r"<svg[^>]*><title>(Reward and judge [^<]+)</title>(.*?)</svg>", source, re.S))
-        assert charts["Reward and judge against distance"].count('class="line') == lines
-        assert charts["Reward and judge over time"].count('class="line') == 2
+        paths = [len(re.findall(r'class="line c\d" d="M', part)) for part in charts.values()]
+        assert dict(zip(charts, paths, strict=True)) == {
+            "Reward and judge against distance": lines,
+            "Reward and judge over time": 2,
+        }
         assert all(part.count("<circle") == 2 * len(trace) for part in charts.values())
         assert ("Dots without a line" in source) == (lines == 0)
 

@@ -18,7 +18,7 @@ from minirlhf.evaluate import calibration
 from minirlhf.report import __main__ as command
 from minirlhf.report import write_report
 from minirlhf.report.page import LARGEST
-from minirlhf.report.results import MOST_HINTS
+from minirlhf.report.sections import MOST_HINTS
 from minirlhf.runtime import UserError
 
 CHROMIUM = browser.executable()

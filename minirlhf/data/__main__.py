@@ -1,4 +1,4 @@
-"""What a data file holds, before anything trains on it.
+"""The contents of a data file, before anything trains on it.
 
     python -m minirlhf.data check pairs.jsonl
     python -m minirlhf.data check Anthropic/hh-rlhf/helpful-base --preset gpt2 --split "test[:200]"
@@ -18,10 +18,10 @@ import tiktoken
 import tyro
 
 from minirlhf import data, tokenizer
-from minirlhf.batch import Example, pad
-from minirlhf.config import Count, Settings, run_into_a_pipe
+from minirlhf.batch import Example
+from minirlhf.config import AtLeastTwo, Settings, run_into_a_pipe
 from minirlhf.encode import Record, encode_comparison, encode_demonstration, encode_prompt
-from minirlhf.runtime import UserError, require
+from minirlhf.runtime import require
 
 SHOWN = 600  # characters of a text that are printed
 
@@ -40,7 +40,7 @@ class Config(Settings):
     """Fields with other names, as ours=theirs: prompt=query response=reply."""
     tokenizer: str = "world"
     """`world`, `gpt2`, `bytes` or a folder with GPT-2 tokenizer files."""
-    max_length: Count = 512
+    max_length: AtLeastTwo = 512
     """Context of the model in tokens; 512 is what train_sft.py gives a new model for a user's file."""
 
 
@@ -50,29 +50,28 @@ PRESETS = {"tiny": Config(), "gpt2": Config(preset="gpt2", tokenizer="gpt2", max
 def main(config: Config) -> data.Dataset:
     """Print the report; raises UserError where there are bad lines or nothing to learn from."""
     require(bool(config.source), "no file; write: python -m minirlhf.data check FILE")
-    require(config.max_length >= 2, f"--max-length {config.max_length}: must be at least 2")
     encoding = tokenizer.load(config.tokenizer)
     dataset = data.read(config.source, config.kind, split=config.split, columns=config.columns)
-    print(f"{config.source}\n  {dataset.container}; {dataset.format}; {dataset.rows} rows")
+    print(f"{config.source}\n  {dataset.container}; {dataset.format}; {len(dataset.rows)} rows")
     print(f"  {len(dataset.records)} {dataset.kind} to learn from")
     for reason, count in dataset.left_out.most_common():
         print(f"  {count} left out: {reason}")
     if dataset.records:
-        rows = [_rows(encoding, dataset.kind, record, config.max_length) for record in dataset.records]
+        every = [_examples(encoding, dataset.kind, record, config.max_length) for record in dataset.records]
         print(f"\nfirst record, as the model sees it in {config.max_length} tokens of {config.tokenizer!r}:")
-        _show_record(encoding, dataset, rows[0])
+        _show_record(encoding, dataset.records[0], every[0])
         print(f"\n{'tokens':<11}" + "".join(f"{name:>8}" for name in ("min", "50 %", "90 %", "99 %", "max")))
-        _show_lengths(encoding, dataset)
-        _show_fit(rows, dataset, config.max_length)
+        for name in ("prompt", "response", "chosen", "rejected"):
+            _show_lengths(encoding, name, [record[name] for record in dataset.records if name in record])
+        _show_fit(dataset, every, config.max_length)
     for bad in dataset.bad:
         print(bad)
-    if dataset.bad:
-        raise UserError(f"{config.source}: bad lines: {len(dataset.bad)}; correct or remove them")
+    require(not dataset.bad, f"{config.source}: bad lines: {len(dataset.bad)}; correct or remove them")
     require(len(dataset.records) > 0, f"{config.source}: nothing to learn from")
     return dataset
 
 
-def _rows(encoding: tiktoken.Encoding, kind: data.Kind, record: Record, max_length: int) -> list[Example]:
+def _examples(encoding: tiktoken.Encoding, kind: data.Kind, record: Record, max_length: int) -> list[Example]:
     """The rows that a record becomes; none where it does not fit."""
     if kind == "prompts":
         ids = encode_prompt(encoding, record["prompt"])
@@ -83,21 +82,16 @@ def _rows(encoding: tiktoken.Encoding, kind: data.Kind, record: Record, max_leng
     return [] if comparison is None else comparison.examples
 
 
-def _show_record(encoding: tiktoken.Encoding, dataset: data.Dataset, rows: list[Example]) -> None:
-    """Each row in two parts, without and with loss, as the batch's own mask divides it."""
-    sides = "chosen" in dataset.records[0]
-    names = ["chosen", "rejected"] if sides else ["row" if row.response_ids else "prompt" for row in rows]
-    if not rows:
+def _show_record(encoding: tiktoken.Encoding, record: Record, examples: list[Example]) -> None:
+    """Each row in two parts: its prompt, without loss, and its response."""
+    if not examples:
         print("  it does not fit: its response is too long")
-    for name, row in zip(names, rows[:4], strict=False):
-        batch = pad([row])
-        tokens = batch.tokens[0].tolist()
-        loss = [False, *batch.mask[0].tolist()]  # nothing predicts the first token
-        for on, mark in ((False, "no loss"), (True, "loss")):
-            ids = [token for token, learned in zip(tokens, loss, strict=True) if learned == on]
-            text = _printable(tokenizer.decode(encoding, ids))
+    row = "row" if any(example.response_ids for example in examples) else "prompt"
+    names = ["chosen", "rejected"] if "chosen" in record else [row] * 4
+    for name, example in zip(names, examples, strict=False):
+        for mark, ids in (("no loss", example.prompt_ids), ("loss", example.response_ids)):
             if ids:
-                print(f"  {name:<9}{mark:<8}{len(ids):>5} tokens |{text}|")
+                print(f"  {name:<9}{mark:<8}{len(ids):>5} tokens |{_printable(tokenizer.decode(encoding, ids))}|")
 
 
 def _printable(text: str) -> str:
@@ -106,26 +100,22 @@ def _printable(text: str) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}"
 
 
-def _show_lengths(encoding: tiktoken.Encoding, dataset: data.Dataset) -> None:
+def _show_lengths(encoding: tiktoken.Encoding, name: str, texts: list[str]) -> None:
     """Percentiles of whole texts, before anything is cut."""
-    for name in ("prompt", "response", "chosen", "rejected"):
-        texts = [record[name] for record in dataset.records if name in record]
-        if not texts:
-            continue
-        eos = 0 if name == "prompt" else 1
-        lengths = [len(tokenizer.encode(encoding, text)) + eos for text in texts]
+    if texts:
+        lengths = [len(tokenizer.encode(encoding, text)) + (name != "prompt") for text in texts]  # with their EOS
         quantiles = np.percentile(lengths, (0, 50, 90, 99, 100))
         print(f"  {name:<9}" + "".join(f"{value:>8.0f}" for value in quantiles))
 
 
-def _show_fit(rows: list[list[Example]], dataset: data.Dataset, max_length: int) -> None:
-    lost = sum(not examples for examples in rows)
-    cut = [most for most in (max((e.cut for e in examples), default=0) for examples in rows) if most]
+def _show_fit(dataset: data.Dataset, every: list[list[Example]], max_length: int) -> None:
+    lost = sum(not examples for examples in every)
+    cut = [most for most in (max((e.cut for e in examples), default=0) for examples in every) if most]
     print(f"in {max_length} tokens: {lost} left out (response too long, or its two sides have the same tokens)")
     longest = f", at most {max(cut)} tokens" if cut else ""
     print(f"in {max_length} tokens: {len(cut)} lose the start of their prompt{longest}")
-    pieces = sum(map(len, rows))
-    if dataset.kind == "demonstrations" and pieces > len(rows):
+    pieces = sum(map(len, every))
+    if dataset.kind == "demonstrations" and pieces > len(every):
         print(f"in {max_length} tokens: texts go on over rows, {pieces} in all")
 
 

@@ -12,24 +12,19 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
+from minirlhf.data.formats import BadRow, Kind, LeftOut, Record
 from minirlhf.runtime import UserError
 
-
-@dataclass(frozen=True)
-class Row:
-    """One value of a file and its place, `file:line`."""
-
-    place: str
-    value: Any
+R = TypeVar("R")
 
 
-@dataclass(frozen=True)
-class Bad:
+class Bad(NamedTuple):
     """A line that cannot be read, and why."""
 
     place: str
@@ -40,105 +35,116 @@ class Bad:
 
 
 @dataclass
-class Content:
-    """The rows of a file. `container` says in words what the file is."""
+class Dataset:
+    """The contents of a source.
+
+    container  what its bytes are, e.g. "JSON Lines, gzip"
+    rows       (place, value) in their order; a place is `file:line`;  bad  lines that cannot be read
+    format     what the fields of its rows mean;  left_out  reasons with their counts
+    records    the project's records, of one kind
+    """
 
     container: str
-    rows: list[Row] = field(default_factory=list)
+    rows: list[tuple[str, Any]] = field(default_factory=list)
     bad: list[Bad] = field(default_factory=list)
+    source: str = ""
+    format: str = "nothing that can be read"
+    kind: Kind = "prompts"
+    records: list[Record] = field(default_factory=list)
+    left_out: Counter[str] = field(default_factory=Counter)
 
-    def add(self, place: str, value: Any, faults: list[str]) -> None:
-        """Take a value as a row, or its first fault."""
-        if faults:
-            self.bad.append(Bad(place, faults[0]))
-        else:
-            self.rows.append(Row(place, value))
+    def parse(self, read: Callable[[dict[str, Any]], list[R]]) -> list[R]:
+        """All that `read` makes of the rows; a row that it refuses (BadRow) becomes bad, or is left out and counted."""
+        results: list[R] = []
+        for place, value in self.rows:
+            try:
+                if not isinstance(value, dict):
+                    raise BadRow("not an object with fields")
+                results += read(value)
+            except BadRow as error:
+                self.bad.append(Bad(place, str(error)))
+            except LeftOut as reason:
+                self.left_out[str(reason)] += 1
+        self.bad.sort(key=lambda bad: int(bad.place.rpartition(":")[2]))
+        return results
 
-
-class Decoder:
-    """Strict JSON: NaN and Infinity, which are not JSON, and keys that stand twice are faults, not values."""
-
-    def __init__(self) -> None:
-        self.faults: list[str] = []
-        self.decoder = json.JSONDecoder(object_pairs_hook=self._object, parse_constant=self._constant)
-
-    def _object(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        self.faults += [f"the field {key!r} stands twice in one object" for key in set(keys) if keys.count(key) > 1]
-        return dict(pairs)
-
-    def _constant(self, name: str) -> None:
-        self.faults.append(f"{name} is not JSON; write a number or null")
-
-    def decode(self, text: str, start: int = 0) -> tuple[Any, int]:
-        """The value that starts at `start` and where it ends; raises ValueError with the reason in words."""
-        self.faults = []
-        try:
-            return self.decoder.raw_decode(text, start)
-        except RecursionError as error:
-            raise ValueError("nested too deeply") from error
-
-    def is_whole(self, text: str) -> bool:
-        """True where a text is one JSON value and nothing else."""
-        try:
-            return self.decode(text)[1] == len(text)
-        except ValueError:
-            return False
+    def summary(self) -> str:
+        """One line: what was found, and what was left out."""
+        line = f"{self.source}: {self.container}, {self.format}: {len(self.records)} {self.kind}"
+        reasons = ", ".join(f"{count} with {reason}" for reason, count in self.left_out.most_common())
+        return f"{line}; {reasons} left out" if reasons else line
 
 
-def read_json(lines: list[str], path: Path) -> Content:
-    """One JSON document, or one value a line: the latter where the first line is a whole object or text."""
-    decoder, text = Decoder(), "\n".join(lines)
+# ---------------------------------------------------------------------------------------------------------------- JSON
+def _as_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        raise BadRow(f"the field {twice!r} stands twice in one object")
+    return fields
+
+
+def _refuse(name: str) -> None:
+    raise BadRow(f"{name} is not JSON; write a number or null")
+
+
+JSON, STRICT = json.JSONDecoder(), json.JSONDecoder(object_pairs_hook=_as_dict, parse_constant=_refuse)
+NOT_JSON = (ValueError, RecursionError)
+
+
+def _is_whole(text: str) -> bool:
+    """True where a text is one JSON value and nothing else."""
+    try:
+        JSON.decode(text)
+    except NOT_JSON:
+        return False
+    return True
+
+
+def _read_json(lines: list[str], path: Path) -> Dataset:
+    """One array, one document, or one value a line: the latter where the first line is a whole object or text.
+
+    Strict: NaN and Infinity, which are not JSON, and keys that stand twice are faults, not values.
+    """
+    text, content = "\n".join(lines), Dataset("JSON Lines")
     start = len(text) - len(text.lstrip())
+    parts: Iterable[tuple[int, str]] = enumerate(lines, 1)
     if text[start] == "[":
-        return _read_array(decoder, text, start, path)
-    if decoder.is_whole(text[start:].partition("\n")[0].strip()) or not decoder.is_whole(text.strip()):
-        return _read_json_lines(decoder, lines, path)
-    content, line = Content("JSON"), text.count("\n", 0, start) + 1
-    content.add(f"{path}:{line}", decoder.decode(text, start)[0], decoder.faults)
-    return content
-
-
-def _read_json_lines(decoder: Decoder, lines: list[str], path: Path) -> Content:
-    content = Content("JSON Lines")
-    for number, line in enumerate(lines, 1):
-        text, place = line.strip(" \t\r"), f"{path}:{number}"
-        if not text:
-            continue
+        content.container, parts = "JSON array", _elements(text, start, path, content.bad)
+    elif not _is_whole(text[start:].partition("\n")[0]) and _is_whole(text):
+        content.container, parts = "JSON", [(text.count("\n", 0, start) + 1, text)]
+    for number, part in parts:
+        place = f"{path}:{number}"
         try:
-            value, end = decoder.decode(text)
-            if end < len(text):
-                raise ValueError("something follows the value")
-            content.add(place, value, decoder.faults)
-        except ValueError as error:
-            reason = getattr(error, "msg", error)
-            content.bad.append(Bad(place, f"not JSON ({reason}); each line must hold one object"))
+            if part.strip(" \t\r\n"):
+                content.rows.append((place, STRICT.decode(part)))
+        except NOT_JSON as error:
+            words = f"not JSON ({getattr(error, 'msg', error)}); each line must hold one object"
+            content.bad.append(Bad(place, str(error) if isinstance(error, BadRow) else words))
     return content
 
 
-def _read_array(decoder: Decoder, text: str, start: int, path: Path) -> Content:
-    """The elements of one JSON array, each with the line it starts on; stops where the syntax breaks."""
-    content, line, counted = Content("JSON array"), 1, 0
-    position = _skip(text, start + 1)
-    while text[position : position + 1] not in ("", "]"):
+def _elements(text: str, start: int, path: Path, bad: list[Bad]) -> Iterator[tuple[int, str]]:
+    """The elements of the array that begins at `start`, each with its line; what breaks the syntax is bad, and last."""
+    line, counted = 1, 0
+    position, mark = _skip(text, start + 1), ","
+    while mark == "," and text[position : position + 1] not in ("", "]"):
         line, counted = line + text.count("\n", counted, position), position
         try:
-            value, position = decoder.decode(text, position)
-        except ValueError as error:
+            end = JSON.raw_decode(text, position)[1]
+        except NOT_JSON as error:
             where, reason = getattr(error, "lineno", line), getattr(error, "msg", error)
-            content.bad.append(Bad(f"{path}:{where}", f"not JSON ({reason}); the rest of the file was not read"))
-            return content
-        content.add(f"{path}:{line}", value, decoder.faults)
-        position = _skip(text, position)
-        if text[position : position + 1] != ",":
-            break
-        position = _skip(text, position + 1)
+            bad.append(Bad(f"{path}:{where}", f"not JSON ({reason}); the rest of the file was not read"))
+            return
+        yield line, text[position:end]
+        position = _skip(text, end)
+        mark = text[position : position + 1]
+        position = _skip(text, position + (mark == ","))
     closed = text[position : position + 1] == "]"
     rest = _skip(text, position + closed)
-    if not closed or text[rest:].strip():
+    if not closed or rest < len(text):
         where = text.count("\n", 0, min(rest, len(text) - 1)) + 1
-        content.bad.append(Bad(f"{path}:{where}", "not JSON (the array does not end as it should)"))
-    return content
+        bad.append(Bad(f"{path}:{where}", "not JSON (the array does not end as it should)"))
 
 
 def _skip(text: str, position: int) -> int:
@@ -162,28 +168,23 @@ REFUSED = {
 }
 
 
-def read_file(path: Path) -> Content:
+def read_file(path: Path) -> Dataset:
     """All rows of a file; raises UserError where the file as a whole cannot be read."""
     try:
         raw = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     packed = raw[:2] == b"\x1f\x8b"
-    if packed:
-        raw = _unpack(raw, path)
+    try:
+        raw = gzip.decompress(raw) if packed else raw
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: gzip data that cannot be unpacked ({error}); copy the file again") from error
     content = _read_parquet(raw, path) if raw[:4] == b"PAR1" else _read_text(raw, path)
     content.container += ", gzip" if packed else ""
     return content
 
 
-def _unpack(raw: bytes, path: Path) -> bytes:
-    try:
-        return gzip.decompress(raw)
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: gzip data that cannot be unpacked ({error}); copy the file again") from error
-
-
-def _read_parquet(raw: bytes, path: Path) -> Content:
+def _read_parquet(raw: bytes, path: Path) -> Dataset:
     import pyarrow
     import pyarrow.parquet
 
@@ -191,24 +192,24 @@ def _read_parquet(raw: bytes, path: Path) -> Content:
         values = pyarrow.parquet.read_table(io.BytesIO(raw)).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: Parquet that cannot be read ({error}); copy the file again") from error
-    return Content("Parquet", [Row(f"{path}:{number}", value) for number, value in enumerate(values, 1)])
+    return Dataset("Parquet", [(f"{path}:{number}", value) for number, value in enumerate(values, 1)])
 
 
-def _read_text(raw: bytes, path: Path) -> Content:
+def _read_text(raw: bytes, path: Path) -> Dataset:
     for mark, reason in REFUSED.items():
         if raw.startswith(mark):
-            return Content("unreadable", bad=[Bad(f"{path}:1", reason)])
+            return Dataset("unreadable", bad=[Bad(f"{path}:1", reason)])
     lines, bad = _decode(raw, path)
     sample = [line for line in lines if line.strip()][:SAMPLE]
     if not sample:
-        return Content("empty", bad=bad)
+        return Dataset("empty", bad=bad)
     first = sample[0].strip()
-    if first[0] in "[{" or (first[0] == '"' and Decoder().is_whole(first)):
-        content = read_json(lines, path)
+    if first[0] in "[{" or (first[0] == '"' and _is_whole(first)):
+        content = _read_json(lines, path)
     elif "\t" in sample[0].lstrip() and sum("\t" in line for line in sample) * 2 > len(sample):
         content = _read_tsv(lines, path)
     else:
-        content = Content("plain text", [Row(f"{path}:{number}", line) for number, line in enumerate(lines, 1)])
+        content = Dataset("plain text", [(f"{path}:{number}", line) for number, line in enumerate(lines, 1)])
     content.bad[:0] = bad
     return content
 
@@ -230,7 +231,7 @@ def _decode(raw: bytes, path: Path) -> tuple[list[str], list[Bad]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------- TSV
-def _read_tsv(lines: list[str], path: Path) -> Content:
+def _read_tsv(lines: list[str], path: Path) -> Dataset:
     """Rows of named columns, without quoting: a quotation mark is part of the text.
 
     With a first line of names, those. Without, by where the number stands: text TAB rating (split at the last tab),
@@ -239,17 +240,17 @@ def _read_tsv(lines: list[str], path: Path) -> Content:
     table = [(number, line.removesuffix("\r")) for number, line in enumerate(lines, 1) if line.strip()]
     names = table[0][1].split("\t")
     if all(re.fullmatch(r"[A-Za-z_]\w*", name) for name in names):
-        content, cut, body = Content("TSV with names"), lambda line: line.split("\t"), table[1:]
+        content, cut, body = Dataset("TSV with names"), lambda line: line.split("\t"), table[1:]
     else:
         names, cut = _columns([line.split("\t") for _, line in table[:SAMPLE]])
-        content, body = Content("TSV"), table
+        content, body = Dataset("TSV"), table
     for number, line in body:
         cells, place = cut(line), f"{path}:{number}"
         if len(cells) != len(names):
             reason = f"{line.count(chr(9)) + 1} columns where {', '.join(names)} are expected"
             content.bad.append(Bad(place, reason))
         else:
-            content.rows.append(Row(place, dict(zip(names, cells, strict=True))))
+            content.rows.append((place, dict(zip(names, cells, strict=True))))
     return content
 
 

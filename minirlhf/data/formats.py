@@ -10,8 +10,11 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+from minirlhf.runtime import UserError, require
+
+V = TypeVar("V")
 Layout = Literal["messages", "plain"]
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 ROLES = {
@@ -20,15 +23,16 @@ ROLES = {
     "system": "",
 }
 PROMPTS = "prompt|instruction|question"
+MESSAGES = ("messages", "conversations", "prompt", "chosen", "rejected")  # fields that can hold a list of them
 ANSWERS = "response|completion|output|answer"
 NO_ANSWER = "no answer at the end of the dialogue"
 
 
-class BadRow(ValueError):
+class BadRow(UserError, ValueError):
     """A row that is not what its file is made of: a mistake to correct, said with its line."""
 
 
-class LeftOut(Exception):
+class LeftOut(UserError):
     """A row that is well formed but says nothing that could be learned, e.g. an empty answer: counted."""
 
 
@@ -40,17 +44,69 @@ def find(row: dict[str, Any], names: str) -> str:
     raise BadRow(f"no field {names.replace('|', ' or ')!r} in this record")
 
 
-def text_of(row: dict[str, Any], name: str) -> str:
+def value_of(row: dict[str, Any], names: str, kind: type[V], words: str) -> V:
+    """The value of a field ("a|b": of either); raises BadRow where it is missing or of another kind."""
+    name = find(row, names)
+    if not isinstance(row[name], kind):
+        raise BadRow(f"the field {name!r} is {describe(row[name])}, not {words}")
+    return row[name]
+
+
+def text_of(row: dict[str, Any], names: str) -> str:
     """The text in a field; raises BadRow where it is missing, not text, or half a character."""
-    value = row[find(row, name)]
-    if not isinstance(value, str):
-        raise BadRow(f"the field {name!r} is {describe(value)}, not text")
+    value, name = value_of(row, names, str, "text"), find(row, names)
     try:
         value.encode()
     except UnicodeEncodeError as error:
         half = f"half a character (lone surrogate {value[error.start]!a} at {error.start})"
         raise BadRow(f"the field {name!r} holds {half}; replace it") from error
     return value
+
+
+def list_of(row: dict[str, Any], names: str, count: int | None = None) -> list[Any]:
+    """The list in a field, of `count` values where given, each as LISTS has it; raises BadRow."""
+    name = find(row, names)
+    values = value_of(row, name, list, "a list")
+    require(count is None or len(values) == count, f"{name!r} has {len(values)} values for {count} responses", BadRow)
+    allowed, words = LISTS.get(name, (None, ""))
+    require(allowed is None or all(map(allowed, values)), f"{name!r} must be {words}", BadRow)
+    return values
+
+
+def texts_of(row: dict[str, Any], name: str, count: int | None = None) -> tuple[str, ...]:
+    """A list of texts, `count` of them where given; raises BadRow."""
+    values = list_of(row, name, count)
+    return tuple(text_of({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values))
+
+
+def is_number(value: object) -> bool:
+    """True for a finite number."""
+    return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
+
+
+def _is_object(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(map(_is_count, value))
+
+
+# What each value of a list must be, by the name of its field, and that in words.
+LISTS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(MESSAGES, (_is_object, "a list of messages, each an object")),
+    **dict.fromkeys(("annotations", "completions"), (_is_object, "a list of objects")),
+    "instances": (_is_object, "a list of objects with input and output"),
+    "response_ids": (_is_ids, "a list of token ids for each response"),
+    "ranks": (lambda rank: type(rank) is int, "whole numbers, 0 for the best"),
+    "shown": (_is_count, "whole numbers of 0 or more"),
+    "scores": (is_number, "numbers"),
+    "orders": (lambda value: is_number(value) and 0 <= value <= 1, "probabilities, from 0 to 1"),
+}
 
 
 def describe(value: object) -> str:
@@ -64,8 +120,7 @@ def message_prompt(text: str) -> str:
 
 
 def not_blank(prompt: str) -> str:
-    if not prompt.strip():
-        raise BadRow("the prompt is blank")
+    require(bool(prompt.strip()), "the prompt is blank", BadRow)
     return prompt
 
 
@@ -94,7 +149,7 @@ def answer_of(row: dict[str, Any], name: str, prompt: str, layout: Layout) -> st
 
 
 def layout_of(rows: list[dict[str, Any]]) -> Layout:
-    """Whether the prompts and answers of a file are messages, or texts that the answers continue as they stand.
+    """The form of the prompts and answers of a file: messages, or texts that the answers continue as they stand.
 
     They are messages where most of them would run into each other: no space between, and no colon before. A prompt
     that is in the dialogue form already ends with a colon.
@@ -109,19 +164,15 @@ def layout_of(rows: list[dict[str, Any]]) -> Layout:
 
 
 # ---------------------------------------------------------------------------------------------------------- dialogues
-def turns_of(messages: object, name: str) -> list[tuple[str, str]]:
+def turns_of(row: dict[str, Any], names: str) -> list[tuple[str, str]]:
     """(speaker, text) of each message in a list of {"role", "content"} or {"from", "value"}."""
-    if not messages:
-        raise BadRow("no messages")
-    if not isinstance(messages, list):
-        raise BadRow(f"the field {name!r} is {describe(messages)}, not a list of messages")
+    messages = list_of(row, names)
+    require(len(messages) > 0, "no messages", BadRow)
     turns = []
     for message in messages:
-        if not isinstance(message, dict):
-            raise BadRow(f"a message in {name!r} is {describe(message)}, not an object")
-        role = text_of(message, find(message, "role|from"))
-        if role not in ROLES:
-            raise BadRow(f"unknown role {role!r} in {name!r}; known are {', '.join(ROLES)}")
+        role = text_of(message, "role|from")
+        words = f"unknown role {role!r} in {find(row, names)!r}; known are {', '.join(ROLES)}"
+        require(role in ROLES, words, BadRow)
         turns.append((ROLES[role], _content(message)))
     return turns
 
@@ -140,16 +191,14 @@ def as_text(turns: list[tuple[str, str]]) -> str:
 
 def split_turns(turns: list[tuple[str, str]]) -> tuple[str, str]:
     """Prompt and answer of a dialogue: its last turn, which must be the assistant's, is the answer."""
-    if turns[-1][0] != ASSISTANT or all(speaker != HUMAN for speaker, _ in turns):
-        raise LeftOut(NO_ANSWER)
+    require(turns[-1][0] == ASSISTANT and any(speaker == HUMAN for speaker, _ in turns), NO_ANSWER, LeftOut)
     return as_text(turns[:-1]) + ASSISTANT, as_answer(turns[-1][1])
 
 
 def split_dialogue(text: str) -> tuple[str, str]:
     """Prompt and answer of a dialogue in the plain-text form, at its last Assistant turn."""
-    before, found, answer = text.rpartition(ASSISTANT)
-    if not found or HUMAN in answer:
-        raise LeftOut(NO_ANSWER)
+    before, mark, answer = text.rpartition(ASSISTANT)
+    require(bool(mark) and HUMAN not in answer, NO_ANSWER, LeftOut)
     return f"\n\n{before.lstrip()}{ASSISTANT}", as_answer(answer)
 
 
@@ -167,77 +216,49 @@ KINDS: tuple[Kind, ...] = ("pairs", "demonstrations", "prompts")  # the richest 
 RATINGS = "rating|label|score|stars|sentiment"
 
 
-def list_of(row: dict[str, Any], name: str, count: int | None = None) -> list[Any]:
-    """A list, of `count` values where given; raises BadRow."""
-    values = row[find(row, name)]
-    if not isinstance(values, list):
-        raise BadRow(f"the field {name!r} is {describe(values)}, not a list")
-    if count is not None and len(values) != count:
-        raise BadRow(f"{name!r} has {len(values)} values for {count} responses")
-    return values
-
-
-def texts_of(row: dict[str, Any], name: str, count: int | None = None) -> tuple[str, ...]:
-    """A list of texts, `count` of them where given; raises BadRow."""
-    values = list_of(row, name, count)
-    return tuple(text_of({f"{name}[{i}]": value}, f"{name}[{i}]") for i, value in enumerate(values))
-
-
 def answers_of(row: dict[str, Any]) -> tuple[str, tuple[str, ...], tuple[list[int], ...] | None]:
     """Prompt, responses and, where they are known, their sampled ids, of a record that compares at least two."""
     prompt, responses = text_of(row, "prompt"), texts_of(row, "responses")
-    if len(responses) < 2:
-        raise BadRow(f"{len(responses)} responses; a comparison needs at least 2")
+    require(len(responses) > 1, f"{len(responses)} responses; a comparison needs at least 2", BadRow)
     if row.get("response_ids") is None:
         return prompt, responses, None
-    ids = list_of(row, "response_ids", len(responses))
-    if not all(isinstance(tokens, list) and all(type(i) is int and i >= 0 for i in tokens) for tokens in ids):
-        raise BadRow("'response_ids' must be a list of token ids for each response")
-    return prompt, responses, tuple(ids)
+    return prompt, responses, tuple(list_of(row, "response_ids", len(responses)))
 
 
 def _read_ranking(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
     _, responses, _ = answers_of(row)
-    if not all(type(rank) is int for rank in list_of(row, "ranks", len(responses))):
-        raise BadRow("'ranks' must be whole numbers, 0 for the best")
+    list_of(row, "ranks", len(responses))
     return [row]
 
 
 def _read_label_studio(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
     """Both exports: the task under "data" with its annotations, and the short one with all in one object."""
-    task = row.get("data", row)
-    if not isinstance(task, dict):
-        raise BadRow(f"the field 'data' is {describe(task)}, not an object")
+    task = value_of(row, "data", dict, "an object") if "data" in row else row
     prompt = message_prompt(text_of(task, "prompt"))
     left, right = (as_answer(text_of(task, name)) for name in ("answer1", "answer2"))
     if kind == "prompts":
         return [{"prompt": prompt}]
     records = []
     for side, labeller in _selections(row):
-        if side not in ("left", "right"):
-            raise BadRow(f"selected is {side!r}; it must be left or right")
+        require(side in ("left", "right"), f"selected is {side!r}; it must be left or right", BadRow)
         chosen, rejected = (left, right) if side == "left" else (right, left)
         who = {} if labeller is None else {"labeller": labeller}
         records.append(_pair(prompt, chosen, rejected) | who)
-    if not records:
-        raise LeftOut("not labelled")
+    require(len(records) > 0, "not labelled", LeftOut)
     return records
 
 
 def _selections(row: dict[str, Any]) -> list[tuple[object, object]]:
     """(side, labeller) of every annotation that was not cancelled."""
-    annotations = row.get("annotations", row.get("completions"))
-    if annotations is None:  # the short export keeps the result under the name of its control
+    if row.get("annotations", row.get("completions")) is None:  # the short export has the result under its control
         short = [value for value in row.values() if isinstance(value, dict) and "selected" in value]
         return [(value["selected"], row.get("annotator")) for value in short]
-    if not isinstance(annotations, list) or not all(isinstance(a, dict) for a in annotations):
-        raise BadRow("'annotations' must be a list of objects")
     sides: list[tuple[object, object]] = []
-    for annotation in annotations:
+    for annotation in list_of(row, "annotations|completions"):
         results = [] if annotation.get("was_cancelled") else annotation.get("result") or []
         values = [r.get("value") for r in results if isinstance(r, dict)]
-        found = [v["selected"] for v in values if isinstance(v, dict) and "selected" in v]
-        sides += [(side, annotation.get("completed_by")) for side in found]
+        chosen = [v["selected"] for v in values if isinstance(v, dict) and "selected" in v]
+        sides += [(side, annotation.get("completed_by")) for side in chosen]
     return sides
 
 
@@ -261,8 +282,8 @@ def _read_pair(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
 
 def _pair_of_messages(row: dict[str, Any]) -> Record:
     given = row.get("prompt")
-    start = turns_of(given, "prompt") if isinstance(given, list) else []
-    sides = [start + turns_of(row[name], name) for name in ("chosen", "rejected")]
+    start = turns_of(row, "prompt") if isinstance(given, list) else []
+    sides = [start + turns_of(row, name) for name in ("chosen", "rejected")]
     if isinstance(given, str) and all(len(turns) == 1 for turns in sides):  # answers alone, to the message in `prompt`
         sides = [[(HUMAN, not_blank(given)), *turns] for turns in sides]
     (prompt, better), (other, worse) = map(split_turns, sides)
@@ -271,12 +292,10 @@ def _pair_of_messages(row: dict[str, Any]) -> Record:
 
 def _pair(prompt: str, chosen: str, rejected: str, *, other_prompt: str | None = None) -> Record:
     """A pair record; raises LeftOut where its sides cannot be compared."""
-    if other_prompt is not None and other_prompt.strip() != prompt.strip():
-        raise LeftOut("the two sides have different prompts")
-    if not chosen.strip() or not rejected.strip():
-        raise LeftOut("an empty response")
-    if chosen.strip() == rejected.strip():
-        raise LeftOut("chosen equals rejected")
+    alike = other_prompt is None or other_prompt.strip() == prompt.strip()
+    require(alike, "the two sides have different prompts", LeftOut)
+    require(bool(chosen.strip() and rejected.strip()), "an empty response", LeftOut)
+    require(chosen.strip() != rejected.strip(), "chosen equals rejected", LeftOut)
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
@@ -286,17 +305,14 @@ def _provenance(row: dict[str, Any], prompt: str) -> Record:
 
 
 def _read_messages(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
-    name = find(row, "messages|conversations")
-    turns = turns_of(row[name], name)
+    turns = turns_of(row, "messages|conversations")
     if kind == "prompts" and turns[-1][0] == HUMAN:
         return [{"prompt": not_blank(as_text(turns)) + ASSISTANT}]
     return [_demonstration(*split_turns(turns))]
 
 
 def _read_instances(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]:
-    if not isinstance(row["instances"], list) or not all(isinstance(i, dict) for i in row["instances"]):
-        raise BadRow("'instances' must be a list of objects with input and output")
-    parts = [{"instruction": row["instruction"], **instance} for instance in row["instances"]]
+    parts = [{"instruction": row["instruction"], **instance} for instance in list_of(row, "instances")]
     return [record for part in parts for record in _read_demonstration(part, kind, layout)]
 
 
@@ -307,8 +323,7 @@ def _read_demonstration(row: dict[str, Any], kind: Kind, layout: Layout) -> list
 
 
 def _demonstration(prompt: str, response: str) -> Record:
-    if not response.strip():
-        raise LeftOut("an empty response")
+    require(bool(response.strip()), "an empty response", LeftOut)
     return {"prompt": prompt, "response": response}
 
 
@@ -316,10 +331,9 @@ def _read_rated(row: dict[str, Any], kind: Kind, layout: Layout) -> list[Record]
     name = find(row, RATINGS)
     try:
         rating = float(row[name])
-    except (TypeError, ValueError) as error:
-        raise BadRow(f"the field {name!r} is {row[name]!r}, not a number") from error
-    if not math.isfinite(rating):
-        raise BadRow(f"the field {name!r} is {row[name]!r}, not a finite number")
+    except (TypeError, ValueError):
+        rating = math.nan
+    require(math.isfinite(rating), f"the field {name!r} is {row[name]!r}, not a finite number", BadRow)
     return [{**_demonstration("", text_of(row, "text").strip()), "rating": rating}]
 
 
@@ -342,7 +356,7 @@ class Format:
     read: Callable[[dict[str, Any], Kind, Layout], list[Record]]
 
     def fits(self, row: object) -> bool:
-        """Whether a row has all fields of this format."""
+        """True where a row has all fields of this format."""
         return isinstance(row, dict) and all(any(n in row for n in need.split("|")) for need in self.needs)
 
 

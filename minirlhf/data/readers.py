@@ -7,14 +7,12 @@ equal to rejected, differing prompts, no label) are counted, said, and never tra
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minirlhf.data.containers import Bad, Content, Row, read_file
-from minirlhf.data.formats import FORMATS, KINDS, BadRow, Format, Kind, LeftOut, Record, find, layout_of
+from minirlhf.data.containers import Dataset, read_file
+from minirlhf.data.formats import FORMATS, KINDS, Format, Kind, Record, find, layout_of
 from minirlhf.hf import hub
 from minirlhf.runtime import UserError, require
 
@@ -26,20 +24,20 @@ FILE_SUFFIX = re.compile(r".*\.(json|jsonl|gz|parquet|tsv|csv|txt)")  # of a mis
 SLICE = re.compile(r"(?P<name>\w*)(\[(?P<start>\d+%?)?:(?P<stop>\d+%?)?\])?")
 
 
-def read_source(source: str | Path, split: str, columns: Sequence[str]) -> Content:
+def read_source(source: str | Path, split: str, columns: Sequence[str]) -> Dataset:
     """The rows of a file or hub name, sliced, with fields renamed ("ours=theirs")."""
     wanted = SLICE.fullmatch(split)
     if wanted is None:
         raise UserError(f"--split {split}: write a name, a slice or both, e.g. train, [:90%], test[1000:]")
     content = _read_hub(str(source), wanted) if is_hub_name(source) else _read_local(Path(source), wanted)
-    pairs = [_column(text) for text in columns]
+    names = dict(map(_column, columns))
     if not content.container.startswith("plain text"):
-        content.rows = [Row(row.place, _renamed(row, pairs)) for row in content.rows]
+        content.rows = [(place, _renamed(place, value, names)) for place, value in content.rows]
     return content
 
 
 def is_hub_name(source: str | Path) -> bool:
-    """Whether a source is a name on the hub: it looks like one, and no file here has it."""
+    """True for a name on the hub: it looks like one, and no file here has it."""
     text = str(source)
     named = isinstance(source, str) and HUB_NAME.fullmatch(text) is not None and FILE_SUFFIX.fullmatch(text) is None
     return named and not Path(text).exists()
@@ -50,7 +48,7 @@ def local_files(*sources: str | Path | None) -> tuple[Path, ...]:
     return tuple(Path(source) for source in sources if source is not None and Path(source).is_file())
 
 
-def _read_local(path: Path, split: re.Match[str]) -> Content:
+def _read_local(path: Path, split: re.Match[str]) -> Dataset:
     require(not path.is_dir(), f"{path}: a folder; give one file")
     require(path.is_file(), f"{path}: no such file")
     require(path.stat().st_size > 0, f"{path}: an empty file, it holds no records")
@@ -69,7 +67,7 @@ def _slice(split: re.Match[str], count: int) -> slice:
     return slice(place(split["start"]), place(split["stop"]))
 
 
-def _read_hub(source: str, split: re.Match[str]) -> Content:
+def _read_hub(source: str, split: re.Match[str]) -> Dataset:
     """Rows of a data set on the hub. A slice that ends at a number is streamed: only what is read is downloaded."""
     from huggingface_hub import constants
 
@@ -84,7 +82,7 @@ def _read_hub(source: str, split: re.Match[str]) -> Content:
     streaming = split["stop"] is not None and "%" not in split[0]
     place = name + split[0].removeprefix(split["name"])
     try:
-        found = datasets.load_dataset(
+        loaded = datasets.load_dataset(
             parts["name"],
             parts["config"],
             data_dir=parts["folder"],
@@ -94,14 +92,12 @@ def _read_hub(source: str, split: re.Match[str]) -> Content:
         )
         if streaming:
             start = int(split["start"] or 0)
-            found = found.skip(start).take(int(split["stop"]) - start)
-        rows = [Row(f"{source} {place}:{number}", row) for number, row in enumerate(found, 1)]
+            loaded = loaded.skip(start).take(int(split["stop"]) - start)
+        rows = [(f"{source} {place}:{number}", row) for number, row in enumerate(loaded, 1)]
     except Exception as error:  # the client's errors share no base class; none of them is hidden
-        raise UserError(
-            f"{source}: cannot be loaded from the Hugging Face hub ({hub.first_line(error)}); check name and split, "
-            f"{advice}"
-        ) from error
-    return Content("hub data set", rows)
+        words = f"{source}: cannot be loaded from the Hugging Face hub ({hub.first_line(error)})"
+        raise UserError(f"{words}; check name and split, {advice}") from error
+    return Dataset("hub data set", rows)
 
 
 def _column(text: str) -> tuple[str, str]:
@@ -110,47 +106,22 @@ def _column(text: str) -> tuple[str, str]:
     return ours, theirs
 
 
-def _renamed(row: Row, columns: Sequence[tuple[str, str]]) -> Any:
-    """The row's value with its fields under our names; a bare text is a message to answer, like a question."""
-    if isinstance(row.value, str):
-        return {"question": row.value}
-    if not columns or not isinstance(row.value, dict):
-        return row.value
-    for ours, theirs in columns:
-        there = f"there are {', '.join(map(str, row.value))}"
-        require(theirs in row.value, f"{row.place}: no field {theirs!r} for --columns {ours}={theirs}; {there}")
-    renamed = {name for _, name in columns}
-    return {k: v for k, v in row.value.items() if k not in renamed} | {ours: row.value[name] for ours, name in columns}
+def _renamed(place: str, value: Any, names: dict[str, str]) -> Any:
+    """A row's value with its fields under our names; a bare text is a message to answer, like a question."""
+    if isinstance(value, str):
+        return {"question": value}
+    if not isinstance(value, dict):
+        return value
+    for ours, theirs in names.items():
+        there = f"there are {', '.join(map(str, value))}"
+        require(theirs in value, f"{place}: no field {theirs!r} for --columns {ours}={theirs}; {there}")
+    others = {name: field for name, field in value.items() if name not in names.values()}
+    return others | {ours: value[theirs] for ours, theirs in names.items()}
 
 
 SAMPLE = 100  # rows that decide which format a source has
 CELL = r'(\w+|"[^"]*")'
 TABLE = re.compile(rf"{CELL}([,;]{CELL})+\r?")  # names of columns, as CSV files begin
-
-
-@dataclass
-class Dataset:
-    """What a source holds.
-
-    container  what its bytes are, e.g. "JSON Lines, gzip";  format  what its fields mean
-    records    the project's records, of one kind;  bad  lines that cannot be read
-    left_out   reasons with their counts
-    """
-
-    source: str
-    container: str
-    format: str
-    kind: Kind
-    rows: int
-    records: list[Record] = field(default_factory=list)
-    bad: list[Bad] = field(default_factory=list)
-    left_out: Counter[str] = field(default_factory=Counter)
-
-    def summary(self) -> str:
-        """One line: what was found, and what was left out."""
-        line = f"{self.source}: {self.container}, {self.format}: {len(self.records)} {self.kind}"
-        reasons = ", ".join(f"{count} with {reason}" for reason, count in self.left_out.most_common())
-        return f"{line}; {reasons} left out" if reasons else line
 
 
 def load(source: str | Path, kind: Kind, *, split: str = "", columns: Sequence[str] = ()) -> list[Record]:
@@ -163,9 +134,8 @@ def load(source: str | Path, kind: Kind, *, split: str = "", columns: Sequence[s
     """
     dataset = read(source, kind, split=split, columns=columns)
     if dataset.bad:
-        raise UserError(
-            f"{dataset.bad[0]} (bad lines: {len(dataset.bad)}; `python -m minirlhf.data check {source}` lists them)"
-        )
+        advice = f"`python -m minirlhf.data check {source}` lists them"
+        raise UserError(f"{dataset.bad[0]} (bad lines: {len(dataset.bad)}; {advice})")
     require(len(dataset.records) > 0, f"{dataset.summary()}; nothing to learn from")
     if dataset.left_out:
         print(dataset.summary(), flush=True)
@@ -174,75 +144,63 @@ def load(source: str | Path, kind: Kind, *, split: str = "", columns: Sequence[s
 
 def read(source: str | Path, kind: Kind | None = None, *, split: str = "", columns: Sequence[str] = ()) -> Dataset:
     """Read a source whole, bad lines included; kind None takes the richest that it can give."""
-    content = read_source(source, split, columns)
-    dataset = Dataset(str(source), content.container, "nothing that can be read", kind or "prompts", len(content.rows))
-    dataset.bad = list(content.bad)
-    if content.container.startswith("plain text"):
-        return _plain_text(dataset, content, kind)
-    if not content.rows:
-        require(bool(content.bad), f"{source}: holds no records")
-        return dataset
-    form, dataset.kind = _detect(content.rows, kind)
-    dataset.format = form.name
-    return _parse(dataset, form, content.rows)
+    dataset = read_source(source, split, columns)
+    dataset.source, dataset.kind = str(source), kind or "prompts"
+    if dataset.container.startswith("plain text"):
+        _plain_text(dataset, kind)
+    elif dataset.rows:
+        _parse(dataset, *_detect(dataset, kind))
+    else:
+        require(bool(dataset.bad), f"{source}: holds no records")
+    return dataset
 
 
 # ------------------------------------------------------------------------------------------------------------ records
-def _detect(rows: list[Row], kind: Kind | None) -> tuple[Format, Kind]:
+def _detect(dataset: Dataset, kind: Kind | None) -> tuple[Format, Kind]:
     """The format that fits most of the first rows and can give `kind`; without a kind, the richest."""
-    sample = rows[:SAMPLE]
+    sample = dataset.rows[:SAMPLE]
     for wanted in (kind,) if kind else KINDS:
         able = [form for form in FORMATS if wanted in form.kinds]
-        counts = [sum(form.fits(row.value) for row in sample) for form in able]
+        counts = [sum(form.fits(value) for _, value in sample) for form in able]
         best = max(counts)
         if best and (kind or best * 2 >= len(sample)):
             return able[counts.index(best)], wanted
-    row = next((row for row in sample if isinstance(row.value, dict)), sample[0])
-    there = f"the fields {', '.join(map(str, row.value))}" if isinstance(row.value, dict) else "a value without fields"
+    place, value = next((row for row in sample if isinstance(row[1], dict)), sample[0])
+    there = f"the fields {', '.join(map(str, value))}" if isinstance(value, dict) else "a value without fields"
     raise UserError(
-        f"{row.place}: {f'no {kind}' if kind else 'nothing'} can be read from {there}; name the fields that hold them, "
+        f"{place}: {f'no {kind}' if kind else 'nothing'} can be read from {there}; name the fields that hold them, "
         f"e.g. --columns prompt=query response=reply, or give a file with prompt and response, or prompt, chosen and "
         f"rejected"
     )
 
 
-def _parse(dataset: Dataset, form: Format, rows: list[Row]) -> Dataset:
-    layout = layout_of([row.value for row in rows if isinstance(row.value, dict)])
-    for row in rows:
-        try:
-            dataset.records += form.read(_checked(row.value, form), dataset.kind, layout)
-        except BadRow as error:
-            dataset.bad.append(Bad(row.place, str(error)))
-        except LeftOut as reason:
-            dataset.left_out[str(reason)] += 1
-    if dataset.kind == "prompts" and form.kinds != ("prompts",):
+def _parse(dataset: Dataset, form: Format, kind: Kind) -> None:
+    """The records of a kind in rows of a format."""
+    layout = layout_of([value for _, value in dataset.rows if isinstance(value, dict)])
+
+    def read_row(row: dict[str, Any]) -> list[Record]:
+        for need in form.needs:
+            find(row, need)
+        return form.read(row, kind, layout)
+
+    dataset.format, dataset.kind = form.name, kind
+    dataset.records = dataset.parse(read_row)
+    if kind == "prompts" and form.kinds != ("prompts",):
         distinct = list(dict.fromkeys(record["prompt"] for record in dataset.records))
         dataset.left_out["a prompt that came before"] += len(dataset.records) - len(distinct)
         dataset.records = [{"prompt": prompt} for prompt in distinct]
-    elif dataset.kind == "demonstrations" and "pairs" in form.kinds:
+    elif kind == "demonstrations" and "pairs" in form.kinds:
         dataset.format += " (their chosen answers)"
         dataset.records = [{"prompt": r["prompt"], "response": r["chosen"]} for r in dataset.records]
-    dataset.bad.sort(key=lambda bad: int(bad.place.rpartition(":")[2]))
     dataset.left_out = +dataset.left_out  # without reasons that never held
-    return dataset
 
 
-def _checked(value: Any, form: Format) -> Any:
-    """A row that has all fields of its format."""
-    if not isinstance(value, dict):
-        raise BadRow("not an object with fields")
-    for need in form.needs:
-        find(value, need)
-    return value
-
-
-def _plain_text(dataset: Dataset, content: Content, kind: Kind | None) -> Dataset:
+def _plain_text(dataset: Dataset, kind: Kind | None) -> None:
     """All lines as one text without a prompt."""
-    first = content.rows[0].place if content.rows else dataset.source
-    if content.rows and TABLE.fullmatch(content.rows[0].value):
+    first = dataset.rows[0][0] if dataset.rows else dataset.source
+    if dataset.rows and TABLE.fullmatch(dataset.rows[0][1]):
         raise UserError(f"{first}: looks like CSV, which is not read; save it as TSV or JSON Lines")
     require(kind in (None, "demonstrations"), f"{first}: plain text, which holds no {kind}; give a file with fields")
-    text = "\n".join(row.value.removesuffix("\r") for row in content.rows)
+    text = "\n".join(line.removesuffix("\r") for _, line in dataset.rows)
     dataset.format, dataset.kind = "one text", "demonstrations"
     dataset.records = [{"prompt": "", "response": text}] if text.strip() else []
-    return dataset

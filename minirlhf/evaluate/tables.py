@@ -39,11 +39,11 @@ def with_interval(title: str, path: str, form: str = "{:z.2f}", widths: tuple[in
     return [Column(title, path, form, widths[0]), interval]
 
 
-def rows(models: dict[str, Row], columns: Sequence[Column], width: int = 0) -> str:
+def rows(models: dict[str, Row], columns: Sequence[Column], width: int = 0, title: str = "model") -> str:
     """One table; columns that are empty for every model are left out. "" without any."""
     filled = [(column, [column.cell(row) for row in models.values()]) for column in columns]
     filled = [(column, cells) for column, cells in filled if set(cells) != {"-"}]
-    names = ["model", *models]
+    names = [title, *models]
     lines = [f"{name:<{max(width, *map(len, names))}}" for name in names]
     for column, cells in filled:
         most = max(column.width, *map(len, (column.title, *cells)))

@@ -17,6 +17,7 @@ probability that grows with the difference (Boltzmann-rational), and can be made
 
 from __future__ import annotations
 
+import argparse
 import inspect
 import sys
 from collections.abc import Callable
@@ -129,27 +130,23 @@ COMMANDS: dict[str, tuple[Callable[[Any], object], Settings, str | None]] = {
 }
 
 
-def take_command(arguments: list[str]) -> str:
-    """Take the name of a command, `--by NAME` included, out of the arguments; "" where they begin with a flag."""
+def take_command(arguments: list[str]) -> tuple[str, list[str]]:
+    """The name of a command, `--by NAME` included, and the other arguments; "" where they begin with a flag."""
     if not arguments or arguments[0].startswith("-"):
-        return ""
-    name = arguments.pop(0)
-    by = next((i for i, a in enumerate(arguments) if a == "--by" or a.startswith("--by=")), None)
-    if by is not None:
-        _, equals, value = arguments.pop(by).partition("=")
-        value = value if equals else "".join(arguments[by : by + 1])
-        del arguments[by : by + (not equals)]
-        name += f" --by {value}"
+        return "", arguments
+    words = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    words.add_argument("--by", nargs="?", const="")
+    chosen, rest = words.parse_known_args(arguments[1:])
+    name = arguments[0] if chosen.by is None else f"{arguments[0]} --by {chosen.by}"
     if name not in COMMANDS:
-        alike = [command for command in COMMANDS if command and (" --by " in command) == (by is not None)]
+        alike = [command for command in COMMANDS if command and (" --by " in command) == (" --by " in name)]
         print(f"error: {name}: not one of {', '.join(alike)}", file=sys.stderr)
         sys.exit(2)
-    return name
+    return name, rest
 
 
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    command, default, text = COMMANDS[take_command(arguments)]
-    sys.argv[1:] = arguments
+    name, sys.argv[1:] = take_command(sys.argv[1:])
+    command, default, text = COMMANDS[name]
     __doc__ = inspect.cleandoc(text or "")
     run_script(command, {"tiny": default})

@@ -1,4 +1,4 @@
-"""How far labels can be trusted: habits of position, agreement with oneself, agreement with others.
+"""The trust that labels deserve: habits of position, agreement with oneself, agreement with others.
 
 A comparison of K responses is looked at as its K(K-1)/2 pairs; on each a label says first, second or neither (a tie,
 or both bad). Skips say nothing and are not counted.
@@ -10,7 +10,6 @@ import itertools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from minirlhf.feedback.labels import Label
@@ -18,42 +17,33 @@ from minirlhf.feedback.labels import Label
 Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
 
 
-@dataclass(frozen=True)
-class Share:
-    """`count` out of `of`, with the 95 % interval of the probability behind it."""
+def share(count: int, of: int) -> dict[str, Any]:
+    """`count` out of `of` with the 95 % interval of the probability behind it: Wilson's, which stays within 0 and 1 and
+    holds for few labels too. The share of none is nan, its interval 0 to 1.
 
-    count: int
-    of: int
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),  z = 1.96
 
-    @property
-    def mean(self) -> float:
-        """The share; nan of none."""
-        return self.count / self.of if self.of else math.nan
+    Wilson 1927. Trap: p -+ z sqrt(p(1-p)/n) would give 20 of 20 the interval from 1 to 1.
+    """
+    if not of:
+        return {"share": math.nan, "interval": [0.0, 1.0], "of": 0}
+    p, scale = count / of, 1 + Z**2 / of
+    middle, half = p + Z**2 / (2 * of), Z * math.sqrt(p * (1 - p) / of + Z**2 / (4 * of**2))
+    interval = [max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)]
+    return {"share": p, "interval": interval, "of": of}
 
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's interval, which stays within 0 and 1 and holds for few labels too; (0, 1) of none.
 
-        (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n),  z = 1.96
-
-        Wilson 1927. Trap: p -+ z sqrt(p(1-p)/n) would give 20 of 20 the interval from 1 to 1.
-        """
-        n, p = self.of, self.mean
-        if not n:
-            return 0.0, 1.0
-        middle, half = p + Z**2 / (2 * n), Z * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
-        return max(0.0, (middle - half) / (1 + Z**2 / n)), min(1.0, (middle + half) / (1 + Z**2 / n))
-
-    def plain(self) -> dict[str, Any]:
-        """The share as JSON holds it."""
-        return {"share": self.mean, "interval": list(self.interval), "of": self.of}
+def share_text(row: dict[str, Any]) -> str:
+    """A share in words."""
+    low, high = row["interval"]
+    return f"{row['share']:.1%} ({low:.1%} to {high:.1%}) of {row['of']}"
 
 
 def first_labels(labels: Sequence[Label]) -> list[Label]:
     """Each labeller's first label of each item, skips left out."""
     first = {(label.labeller, label.item): label for label in reversed(labels) if label.verdict != "skip"}
-    kept = {id(label) for label in first.values()}
-    return [label for label in labels if id(label) in kept]
+    counted = {id(label) for label in first.values()}
+    return [label for label in labels if id(label) in counted]
 
 
 def choices(label: Label) -> list[int]:
@@ -62,16 +52,19 @@ def choices(label: Label) -> list[int]:
     return [(a > b) - (a < b) for (_, a), (_, b) in itertools.combinations(ranked, 2)]
 
 
-def position_bias(labels: Sequence[Label]) -> dict[int, Share]:
-    """How often the best of K was the one shown first, by K; 1/K without a habit. First labels with one best count."""
+def position_bias(labels: Sequence[Label]) -> dict[int, dict[str, Any]]:
+    """Share of comparisons in which the best of K was shown first, by K; 1/K without a habit.
+
+    Counted are first labels with one best response.
+    """
     counts: dict[int, Counter[bool]] = defaultdict(Counter)
     for label in first_labels(labels):
         if label.shown is not None and label.ranks.count(0) == 1:
             counts[len(label.ranks)][label.ranks[label.shown[0]] == 0] += 1
-    return {k: Share(count[True], count.total()) for k, count in sorted(counts.items())}
+    return {k: share(count[True], count.total()) for k, count in sorted(counts.items())}
 
 
-def self_agreement(labels: Sequence[Label]) -> dict[str, Share]:
+def self_agreement(labels: Sequence[Label]) -> dict[str, dict[str, Any]]:
     """Share of pairs on which a labeller's later labels of an item say what the first one said."""
     first = {(label.labeller, label.item): label for label in first_labels(labels)}
     same: dict[str, Counter[bool]] = defaultdict(Counter)
@@ -79,62 +72,48 @@ def self_agreement(labels: Sequence[Label]) -> dict[str, Share]:
         original = first.get((label.labeller, label.item))
         if label.verdict != "skip" and original is not None and label is not original:
             same[label.labeller].update(a == b for a, b in zip(choices(original), choices(label), strict=True))
-    return {name: Share(count[True], count.total()) for name, count in sorted(same.items())}
+    return {name: share(count[True], count.total()) for name, count in sorted(same.items())}
 
 
-@dataclass(frozen=True)
-class OrderBias:
-    """A judge that was asked every pair in both orders.
+def order_bias(labels: Sequence[Label]) -> dict[str, dict[str, Any]]:
+    """Effect of the order of reading on the verdicts of each judge that was asked every pair in both orders.
 
     first           mean probability that the one read first is better; 1/2 without a liking for a place
-    contradictions  pairs on which the two orders say different things
+    contradictions  share of pairs on which the two orders say different things
     """
-
-    labeller: str
-    first: float
-    contradictions: Share
-
-    def __str__(self) -> str:
-        low, high = self.contradictions.interval
-        return (
-            f"{self.labeller} gives the one it reads first a probability of {self.first:.3f} on average; its two "
-            f"orders contradict each other in {self.contradictions.mean:.1%} ({low:.1%} to {high:.1%}) of "
-            f"{self.contradictions.of} pairs"
-        )
-
-
-def order_bias(labels: Sequence[Label]) -> dict[str, OrderBias]:
-    """What the order of reading does to each judge's verdicts, before its two orders are averaged."""
     asked: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for label in labels:
         if label.orders is not None:
             asked[label.labeller].append(label.orders)
-    return {
-        name: OrderBias(
-            name,
-            sum(map(sum, orders)) / (2 * len(orders)),
-            Share(sum((one - 0.5) * (other - 0.5) > 0 for one, other in orders), len(orders)),
-        )
-        for name, orders in sorted(asked.items())
-    }
+    biases = {}
+    for name, orders in sorted(asked.items()):
+        against = share(sum((one - 0.5) * (other - 0.5) > 0 for one, other in orders), len(orders))
+        biases[name] = {"first": sum(map(sum, orders)) / (2 * len(orders)), "contradictions": against}
+    return biases
 
 
-def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> float:
+def order_sentence(labeller: str, bias: dict[str, Any]) -> str:
+    """An `order_bias` in words."""
+    first = f"{labeller} gives the one it reads first a probability of {bias['first']:.3f} on average"
+    return f"{first}; its two orders contradict each other in {share_text(bias['contradictions'])} pairs"
+
+
+def cohens_kappa(first: Sequence[int], second: Sequence[int]) -> float | None:
     """Agreement of two labellers beyond chance: 1 is perfect, 0 what two with these habits would have by chance.
 
     kappa = (p_o - p_e) / (1 - p_e),  p_o share of equal choices,  p_e = sum_c p_1(c) p_2(c)
 
-    Cohen 1960. nan for no choices, or where p_e is 1: then both always make the same choice.
+    Cohen 1960. None for no choices, or where p_e is 1: then both always make the same choice.
     """
     n = len(first)
     observed = sum(a == b for a, b in zip(first, second, strict=True))
     one, two = Counter(first), Counter(second)
     expected = sum(one[c] * two[c] for c in one)  # times n^2
-    return (observed * n - expected) / (n * n - expected) if n * n != expected else math.nan
+    return (observed * n - expected) / (n * n - expected) if n * n != expected else None
 
 
 def between_labellers(labels: Sequence[Label]) -> list[dict[str, Any]]:
-    """How every two labellers agree on the pairs that both judged, first labels alone; a kappa of nan is None."""
+    """Agreement of every two labellers on the pairs that both judged, first labels alone."""
     by_labeller: dict[str, dict[str, Label]] = defaultdict(dict)
     for label in first_labels(labels):
         by_labeller[label.labeller][label.item] = label
@@ -143,7 +122,6 @@ def between_labellers(labels: Sequence[Label]) -> list[dict[str, Any]]:
         shared = sorted(by_labeller[both[0]].keys() & by_labeller[both[1]].keys())
         if shared:
             mine, theirs = ([c for item in shared for c in choices(by_labeller[who][item])] for who in both)
-            share = Share(sum(a == b for a, b in zip(mine, theirs, strict=True)), len(mine))
-            kappa = cohens_kappa(mine, theirs)
-            rows.append({"labellers": list(both), **share.plain(), "kappa": None if math.isnan(kappa) else kappa})
+            same = share(sum(a == b for a, b in zip(mine, theirs, strict=True)), len(mine))
+            rows.append({"labellers": list(both), **same, "kappa": cohens_kappa(mine, theirs)})
     return rows

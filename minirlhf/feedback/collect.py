@@ -154,20 +154,18 @@ def collect(
                     keys=[(Stream.FEEDBACK, i, n) for i, n in asked],
                     slots=SLOTS,
                 )
-                drawn |= zip(asked, _columns(source, samples), strict=True)
+                drawn |= zip(asked, _answers(source, samples), strict=True)
         for i, n in rows:
             answers[i].setdefault(response_text(encoding, drawn[i, n]["response_ids"]), drawn[i, n])
         draws = [n + more for n, more in zip(draws, wanted, strict=True)]
 
 
-def _columns(source: Source, samples: Samples) -> list[dict[str, Any]]:
-    """What a record says of each answer."""
+def _answers(source: Source, samples: Samples) -> list[dict[str, Any]]:
+    """The part of a record about each answer."""
     origin = {"sources": source.name, "policies": source.digest, "temperatures": source.temperature}
     logprobs = samples.logprobs.cpu().double().sum(dim=1).tolist()
-    return [
-        {"response_ids": ids, **origin, "logprobs": round(logprob, 4)}
-        for ids, logprob in zip(samples.response_ids(), logprobs, strict=True)
-    ]
+    both = zip(samples.response_ids(), logprobs, strict=True)
+    return [{"response_ids": ids, **origin, "logprobs": round(logprob, 4)} for ids, logprob in both]
 
 
 def _record(prompt: str, answers: dict[str, dict[str, Any]], seed: int) -> Record:
@@ -177,7 +175,7 @@ def _record(prompt: str, answers: dict[str, dict[str, Any]], seed: int) -> Recor
 
 
 def reencoded_differently(encoding: tiktoken.Encoding, record: Record) -> int:
-    """How many of a record's responses the tokenizer would encode to other ids than were sampled."""
+    """Number of a record's responses that the tokenizer would encode to other ids than were sampled."""
     return sum(
         [i for i in ids if i != encoding.eot_token] != tokenizer.encode(encoding, text)
         for text, ids in zip(record["responses"], record["response_ids"], strict=True)

@@ -17,11 +17,10 @@ import math
 import os
 import random
 import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -32,9 +31,9 @@ from urllib3.exceptions import HTTPError, InvalidHeader, ReadTimeoutError
 from minirlhf.config import Count, Positive
 from minirlhf.evaluate.judges import question
 from minirlhf.feedback.label_file import Journal
-from minirlhf.feedback.machine import PairsConfig, Question, by_pairs, label_by_machine
+from minirlhf.feedback.machine import PairsConfig, by_pairs, questions_of, tasks_and_file, write_labels
 from minirlhf.files import read_records
-from minirlhf.runtime import UserError, held_signals, require
+from minirlhf.runtime import UserError, require
 
 BUSY = (408, 409, 425, 429, 500, 502, 503, 504, 529)  # may go better another time
 FIRST_WAIT, LONGEST_WAIT = 1.0, 120.0  # seconds
@@ -73,12 +72,9 @@ def main(config: Config) -> Path:
     """Label the candidates; returns the file."""
     with CallLog(config.calls or config.run / "labels" / "calls.jsonl") as log:
         server = Endpoint(config, log, key=os.environ.get(config.key_variable, ""))
-
-        def preferred(questions: Sequence[Question]) -> Iterator[float | None]:
-            for asked in questions:
-                yield share_of("A", "B", server.first_token(question(*asked, instruction=config.instruction)))
-
-        output = label_by_machine(config, lambda tasks: by_pairs(config, tasks, preferred))
+        tasks, output = tasks_and_file(config)
+        asked = (server.first_token(question(*q, instruction=config.instruction)) for q in questions_of(tasks))
+        write_labels(output, list(by_pairs(config, tasks, (share_of("A", "B", logprobs) for logprobs in asked))))
         print(f"{log.path}: {log.calls} calls, {log.tokens} tokens in all")
     return output
 
@@ -113,17 +109,16 @@ class CallLog(Journal):
 
     def add(self, row: dict[str, Any]) -> None:
         """Write a call; it is on the disk when this returns."""
-        with held_signals():
-            self.write(row)
-            self._count(row)
+        self.write(row)
+        self._count(row)
 
 
 class Failure(Exception):
     """A call that failed. `wait` is the server's own wish, in seconds; inf where asking again is of no use."""
 
-    def __init__(self, reason: str, *, status: int | None = None, wait: float = 0.0) -> None:
+    def __init__(self, reason: str, wait: float = 0.0) -> None:
         super().__init__(reason)
-        self.status, self.wait = status, wait
+        self.wait = wait
 
 
 class Endpoint:
@@ -135,16 +130,13 @@ class Endpoint:
     (Retry-After); an answer that cannot be read counts as broken. Every call is in the log and counts against the
     budget. Left out: several calls at a time, and streams.
 
-    key    sent as a bearer token; "" for none. It is never written to the log nor into an error
-    sleep  waits; another one for tests
+    key  sent as a bearer token; "" for none. It is never written to the log nor into an error
     """
 
-    def __init__(
-        self, config: Config, log: CallLog, *, key: str = "", sleep: Callable[[float], None] = time.sleep
-    ) -> None:
+    def __init__(self, config: Config, log: CallLog, *, key: str = "") -> None:
         if config.url is None or config.model is None:
             raise UserError("--url and --model: say which server, and which model there")
-        self.config, self.url, self.log, self.key, self.sleep = config, config.url, log, key, sleep
+        self.config, self.url, self.log, self.key = config, config.url, log, key
         parts = urlsplit(self.url)
         require("@" not in self.url, "--url: holds a name or password; give a key by --key-variable alone")
         require(parts.scheme in ("http", "https") and bool(parts.hostname), f"--url {self.url!r}: give http(s)://…/v1")
@@ -177,70 +169,61 @@ class Endpoint:
         key = hashlib.sha256(json.dumps([self.url, request], sort_keys=True).encode()).hexdigest()
         if key in self.log.answers:
             return self.log.answers[key]
-        for attempt in range(1, self.config.attempts + 1):
-            self._check_budget()
+        config, log = self.config, self.log
+        rest = f"{len(log.answers)} answers are kept in {log.path}, run again to go on from there"
+        calls = f"--max-calls {config.max_calls}: the budget of calls is spent; {rest}"
+        for attempt in range(1, config.attempts + 1):
+            require(log.calls < config.max_calls, calls)
+            tokens = f"--max-tokens {config.max_tokens}: the budget of tokens is spent ({log.tokens}); {rest}"
+            require(log.tokens < config.max_tokens, tokens)
             try:
                 return self._call(key, request)
             except Failure as failure:
                 reason = failure
-            require(reason.wait <= LONGEST_WAIT, f"{self.url}: {reason}; {self._kept()}")
-            if attempt < self.config.attempts:
+            require(reason.wait <= LONGEST_WAIT, f"{self.url}: {reason}; {rest}")
+            if attempt < config.attempts:
                 backoff = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1.5)
-                self.sleep(min(LONGEST_WAIT, max(backoff, reason.wait)))
-        raise UserError(f"{self.url}: {self.config.attempts} calls failed, the last with: {reason}; {self._kept()}")
-
-    def _check_budget(self) -> None:
-        log, most_calls, most_tokens = self.log, self.config.max_calls, self.config.max_tokens
-        require(log.calls < most_calls, f"--max-calls {most_calls}: the budget of calls is spent; {self._kept()}")
-        words = f"--max-tokens {most_tokens}: the budget of tokens is spent ({log.tokens}); {self._kept()}"
-        require(log.tokens < most_tokens, words)
-
-    def _kept(self) -> str:
-        return f"{len(self.log.answers)} answers are kept in {self.log.path}, run again to go on from there"
+                sleep(min(LONGEST_WAIT, max(backoff, reason.wait)))
+        raise UserError(f"{self.url}: {config.attempts} calls failed, the last with: {reason}; {rest}")
 
     def _call(self, key: str, request: dict[str, Any]) -> dict[str, float]:
         """One call, good or bad, and its line in the log."""
-        began, clock = datetime.datetime.now(datetime.UTC), time.monotonic()
+        began, clock = datetime.datetime.now(datetime.UTC), monotonic()
         row: dict[str, Any] = {"key": key, "time": began.isoformat(timespec="seconds"), "request": request}
         row |= {"status": None, "answer": None, "error": None, "tokens": len(json.dumps(request).encode())}
         try:
-            reply = self._post(request)
-            row |= {"status": 200, "answer": first_token_logprobs(reply)}
+            row["status"], wait, content = self._exchange(request)
+            reply = self._read(row["status"], wait, content)
+            row["answer"] = first_token_logprobs(reply)
             row["tokens"] = _tokens(reply, otherwise=row["tokens"])
             return row["answer"]
         except Failure as failure:
-            row |= {"status": failure.status, "error": str(failure)}
-            row["tokens"] *= failure.status in (None, 200)  # with another one it says that it did not do it
+            row["error"] = str(failure)
+            row["tokens"] *= row["status"] in (None, 200)  # with another one it says that it did not do it
             raise
         finally:
-            self.log.add({**row, "seconds": round(time.monotonic() - clock, 3)})
+            self.log.add({**row, "seconds": round(monotonic() - clock, 3)})
 
-    def _post(self, request: dict[str, Any]) -> Any:
-        """The reply as JSON; raises Failure."""
-        try:
-            status, wait, content = self._exchange(request)
-        except (TimeoutError, requests.Timeout, ReadTimeoutError) as error:
-            raise Failure(f"no answer within {self.config.timeout:g} s") from error
-        except (OSError, HTTPError) as error:
-            raise Failure(_first_cause(error)) from error
+    def _read(self, status: int, wait: float, content: bytes) -> Any:
+        """An answer's body as JSON."""
         if not 200 <= status < 300:
             words = content.decode("utf-8", "replace")
             words = " ".join((words.replace(self.key, "***") if self.key else words).split())[:500]
             words = f": {words}" if words else ""
             words += f"; it asks to wait {wait:.0f} s" if wait > LONGEST_WAIT else ""
-            raise Failure(f"status {status}{words}", status=status, wait=wait if status in BUSY else math.inf)
+            raise Failure(f"status {status}{words}", wait if status in BUSY else math.inf)
         if len(content) > LARGEST:
-            raise Failure(f"an answer of more than {LARGEST} bytes", status=200)
+            raise Failure(f"an answer of more than {LARGEST} bytes")
         try:
             return json.loads(content)
         except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
-            raise Failure("the answer is not JSON", status=200) from error
+            raise Failure("the answer is not JSON") from error
 
     def _exchange(self, request: dict[str, Any]) -> tuple[int, float, bytes]:
         """Status, seconds that it asks to wait, and body of one POST, of which no more than LARGEST + 1 bytes are read.
 
-        Raises TimeoutError when it takes longer than `timeout` in all. The limits of `requests` hold for each read, and
-        a server that sends a byte now and then would keep within them for ever: so another thread waits for it.
+        The time limit is for all of it. Those of `requests` hold for each read, and a server that sends a byte now and
+        then would keep within them for ever: so another thread waits for it.
         """
         result: Future[tuple[int, float, bytes]] = Future()
 
@@ -260,11 +243,16 @@ class Endpoint:
                 result.set_exception(error)
 
         threading.Thread(target=post, daemon=True).start()
-        return result.result(self.config.timeout)
+        try:
+            return result.result(self.config.timeout)
+        except (TimeoutError, requests.Timeout, ReadTimeoutError) as error:
+            raise Failure(f"no answer within {self.config.timeout:g} s") from error
+        except (OSError, HTTPError) as error:
+            raise Failure(_first_cause(error)) from error
 
 
 def _first_cause(error: BaseException) -> str:
-    """What went wrong at the bottom, in whose place `requests` puts all that it led to."""
+    """The error at the bottom, in whose place `requests` puts all that it led to."""
     while error.__context__ is not None:
         error = error.__context__
     return f"{type(error).__name__}: {error}"
@@ -278,14 +266,13 @@ def first_token_logprobs(reply: Any) -> dict[str, float]:
     try:
         logprobs = reply["choices"][0]["logprobs"]
         if logprobs is None:
-            words = "the server gives no log-probabilities (logprobs is null), which the judge needs"
-            raise Failure(words, status=200, wait=math.inf)
+            raise Failure("the server gives no log-probabilities (logprobs is null), which the judge needs", math.inf)
         rows = [(row["token"], row["logprob"]) for row in logprobs["content"][0]["top_logprobs"]]
     except (KeyError, IndexError, TypeError) as error:
-        raise Failure("the answer has no choices[0].logprobs.content[0].top_logprobs", status=200) from error
+        raise Failure("the answer has no choices[0].logprobs.content[0].top_logprobs") from error
     good = [isinstance(token, str) and type(logprob) in (int, float) and logprob <= 1e-3 for token, logprob in rows]
     if not rows or not all(good):
-        raise Failure("the answer's log-probabilities are not texts with numbers up to 0", status=200)
+        raise Failure("the answer's log-probabilities are not texts with numbers up to 0")
     return {token: max(float(logprob), -1e4) for token, logprob in rows}  # JSON has no -inf
 
 

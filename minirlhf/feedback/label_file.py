@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from minirlhf.feedback.labels import Label, read_labels
 from minirlhf.files import Lines
@@ -17,7 +17,7 @@ from minirlhf.runs.checkpoint import only_writer
 from minirlhf.runtime import UserError, held_signals
 
 
-class Journal:
+class Journal(contextlib.ExitStack):
     """A JSONL file that no other process writes to meanwhile, with every record synced as it comes.
 
     flag  what to change where another process has the file open;  of  what a line holds, in words
@@ -25,35 +25,26 @@ class Journal:
     """
 
     def __init__(self, path: Path, *, flag: str, of: str) -> None:
+        super().__init__()
         self.path, self.of = path, of
-        with contextlib.ExitStack() as stack:
-            try:
-                stack.enter_context(only_writer(path, flag=flag))
-                path.touch(mode=0o600)
-                self._lines = stack.enter_context(Lines(path))
-            except OSError as error:
-                raise UserError(f"{path}: cannot be opened for writing ({error.strerror})") from error
-            self._held = stack.pop_all()
+        try:
+            self.enter_context(only_writer(path, flag=flag))
+            path.touch(mode=0o600)
+            self._lines = self.enter_context(Lines(path))
+        except OSError as error:
+            self.close()
+            raise UserError(f"{path}: cannot be opened for writing ({error.strerror})") from error
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Append a record; it is on the disk when this returns, or the file is as it was before."""
         before = self.path.stat().st_size
         try:
-            self._lines.append(record)
-            self._lines.sync()
+            with held_signals():
+                self._lines.append(record)
+                self._lines.sync()
         except OSError as error:
             self._lines.cut(before)
             raise UserError(f"{self.path}: the {self.of} was not saved ({error.strerror}); the others are") from error
-
-    def close(self) -> None:
-        """Let another process write to the file."""
-        self._held.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class LabelFile(Journal):
@@ -69,9 +60,8 @@ class LabelFile(Journal):
 
     def append(self, label: Label) -> None:
         """Write a label."""
-        with held_signals():
-            self.write(label.record())
-            self.labels.append(label)
+        self.write(label.record())
+        self.labels.append(label)
 
     def pop(self) -> Label:
         """Take the last label out of the file again."""

@@ -21,20 +21,17 @@ Its JSON export has an annotation's `selected: left | right` under `result`, the
 
 from __future__ import annotations
 
-import json
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from minirlhf.config import Settings
-from minirlhf.data.formats import FORMATS, BadRow, LeftOut, as_answer, text_of
-from minirlhf.feedback.labels import Candidates, Label, Row, new_file, parse_candidates, ranks_of, read_lines, values_of
+from minirlhf.data.formats import FORMATS, BadRow, as_answer, list_of, text_of, value_of
+from minirlhf.feedback.labels import Candidates, Label, Row, new_file, parse_candidates, ranks_of, read_lines
 from minirlhf.feedback.tasks import Task, TaskConfig, make_tasks
-from minirlhf.files import write_records, write_text
+from minirlhf.files import write_json, write_records
 from minirlhf.runtime import UserError, require
 
-LAYOUTS = [form for form in FORMATS if form.name.startswith("Label Studio")]
+LAYOUTS = [form for form in FORMATS if form.name.startswith("Label Studio")]  # of one reader
 
 
 @dataclass
@@ -57,22 +54,14 @@ def export_tasks(config: ExportConfig) -> Path:
     """Write a pair a task as a JSON array; returns the file."""
     output = new_file(config.output or config.run / "labels" / "label-studio.json")
     tasks = make_tasks(config, "label-studio")
-    content = ",\n".join(json.dumps({"data": task_data(task)}, ensure_ascii=False) for task in tasks)
-    write_text(output, f"[{content}]\n")
+    rows = []
+    for task in tasks:
+        left, right = (answer.strip() for answer in task.answers)
+        source = {**task.candidates.record(), "shown": task.shown}
+        rows.append({"data": {"prompt": task.question, "answer1": left, "answer2": right, "source": source}})
+    write_json(output, rows)
     print(f"{output}: {len(tasks)} tasks")
     return output
-
-
-def task_data(task: Task) -> dict[str, Any]:
-    """What Label Studio keeps of a task: the texts to read, and those that labels are about."""
-    left, right = (answer.strip() for answer in task.answers)
-    known = {name: value for name, value in vars(task.candidates).items() if value is not None}
-    return {
-        "prompt": task.question,
-        "answer1": left,
-        "answer2": right,
-        "source": {**known, "shown": task.shown},
-    }
 
 
 def import_labels(config: ImportConfig) -> Path:
@@ -80,35 +69,20 @@ def import_labels(config: ImportConfig) -> Path:
     if config.export is None:
         raise UserError("import: name the exported file with --export")
     output = new_file(config.output or config.run / "labels" / "label-studio.jsonl")
-    labels, left_out = read_export(config.export)
+    labels, left_out = read_lines(config.export, task_labels)
     require(len(labels) > 0, f"{config.export}: no task in it is labelled")
     write_records(output, [label.record() for label in labels])
     print(f"{output}: {len(labels)} labels" + "".join(f", {n} tasks left out: {why}" for why, n in left_out.items()))
     return output
 
 
-def read_export(path: Path) -> tuple[list[Label], Counter[str]]:
-    """The labels in an export, and why tasks were left out; raises UserError with file:line for a bad one."""
-    left_out: Counter[str] = Counter()
-
-    def parse(row: Row) -> list[Label]:
-        try:
-            return _labels(row)
-        except LeftOut as reason:
-            left_out[str(reason)] += 1
-            return []
-
-    return [label for labels in read_lines(path, parse) for label in labels], left_out
-
-
-def _labels(row: Row) -> list[Label]:
-    """A label for every choice that was made in a task."""
-    form = next((form for form in LAYOUTS if form.fits(row)), None)
-    if form is None:
-        raise BadRow("not a task of Label Studio: it needs prompt, answer1 and answer2, under 'data' or by themselves")
+def task_labels(row: Row) -> list[Label]:
+    """A label for every choice that was made in a task; raises LeftOut where there is none, BadRow for a bad task."""
+    words = "not a task of Label Studio: it needs prompt, answer1 and answer2, under 'data' or by themselves"
+    require(any(form.fits(row) for form in LAYOUTS), words, BadRow)
     data = row.get("data", row)
     labels = []
-    for pair in form.read(row, "pairs", "messages"):
+    for pair in LAYOUTS[0].read(row, "pairs", "messages"):
         left, right = (as_answer(text_of(data, name)) for name in ("answer1", "answer2"))
         task = _task(data) if "source" in data else Task(Candidates(pair["prompt"], (left, right)), (0, 1))
         side = "left" if pair["chosen"] == left else "right"
@@ -118,10 +92,8 @@ def _labels(row: Row) -> list[Label]:
 
 def _task(data: Row) -> Task:
     """The task that `export_tasks` put there; raises BadRow where its texts are not those that were read."""
-    source = data["source"]
-    if not isinstance(source, dict):
-        raise BadRow("'source' is not an object; export the tasks anew")
-    task = Task(parse_candidates(source), values_of(source, "shown", 2))
+    source = value_of(data, "source", dict, "an object; export the tasks anew")
+    task = Task(parse_candidates(source), tuple(list_of(source, "shown", 2)))
     texts = [text_of(data, name).strip() for name in ("answer1", "answer2")]
     if sorted(task.shown) != [0, 1] or [answer.strip() for answer in task.answers] != texts:
         raise BadRow("'answer1' and 'answer2' are not the responses under 'source'; export the tasks anew")

@@ -20,20 +20,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from minirlhf.data.containers import Bad
-from minirlhf.data.formats import BadRow, answers_of, describe, find, list_of, text_of, texts_of
+from minirlhf.data.formats import BadRow, answers_of, describe, is_number, list_of, text_of, texts_of, value_of
 from minirlhf.data.readers import read_source
 from minirlhf.runtime import UserError, require
 
 R = TypeVar("R")
 Row = dict[str, Any]
-VERDICTS = ("left", "right", "ranked", "tie", "bad", "skip")
+SIDES = ("left", "right")
+VERDICTS = (*SIDES, "ranked", "tie", "bad", "skip")
 
 
 @dataclass(frozen=True)
@@ -42,16 +42,25 @@ class Candidates:
 
     prompt: str
     responses: tuple[str, ...]
+    _: KW_ONLY
     response_ids: tuple[list[int], ...] | None = None
     sources: tuple[str, ...] | None = None
 
+    @property
+    def item(self) -> str:
+        """Twelve hexadecimal digits that name the prompt with these responses, whatever their order."""
+        text = json.dumps([self.prompt, *sorted(self.responses)])
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def record(self) -> dict[str, Any]:
+        """The fields that are known."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
 
 @dataclass(frozen=True)
-class Label:
+class Label(Candidates):
     """One line of a file of labels; the fields are explained at the head of this module."""
 
-    prompt: str
-    responses: tuple[str, ...]
     ranks: tuple[int, ...]
     verdict: str
     labeller: str
@@ -59,31 +68,17 @@ class Label:
     repeat: bool = False
     note: str = ""
     seconds: float | None = None
-    sources: tuple[str, ...] | None = None
-    response_ids: tuple[list[int], ...] | None = None
     scores: tuple[float, ...] | None = None
     orders: tuple[float, float] | None = None
 
-    @property
-    def item(self) -> str:
-        """Names what was compared."""
-        return item_id(self.prompt, self.responses)
-
     def record(self) -> dict[str, Any]:
         """The label as a line of its file; what is not known is left out."""
-        given = {name: value for name, value in vars(self).items() if value is not None and value != ""}
-        return {"item": self.item, **given}
-
-
-def item_id(prompt: str, responses: Sequence[str]) -> str:
-    """Twelve hexadecimal digits that name a prompt with some responses, whatever their order."""
-    text = json.dumps([prompt, *sorted(responses)])
-    return hashlib.sha256(text.encode()).hexdigest()[:12]
+        return {"item": self.item, **{name: value for name, value in super().record().items() if value != ""}}
 
 
 def ranks_of(verdict: str, shown: Sequence[int]) -> tuple[int, ...]:
     """The ranks that a verdict on two responses means, and of a verdict that prefers none of any number."""
-    if verdict in ("left", "right"):
+    if verdict in SIDES:
         best = shown[verdict == "right"]
         return tuple(int(i != best) for i in range(2))
     return (0,) * len(shown)
@@ -93,7 +88,7 @@ def verdict_of(ranks: Sequence[int], shown: Sequence[int]) -> str:
     """The verdict that ranks mean, where they prefer any: a side of two, else ranked; a tie where all are equal."""
     if len(set(ranks)) == 1:
         return "tie"
-    return "ranked" if len(ranks) > 2 else ("left", "right")[ranks[shown[0]]]
+    return "ranked" if len(ranks) > 2 else SIDES[ranks[shown[0]]]
 
 
 # -------------------------------------------------------------------------------------------------------------- reading
@@ -103,30 +98,22 @@ def new_file(path: Path) -> Path:
     return path
 
 
-def read_lines(path: Path, parse: Callable[[Row], R]) -> list[R]:
-    """`parse` of every object in a JSON Lines file or JSON array.
+def read_lines(path: Path, parse: Callable[[Row], list[R]]) -> tuple[list[R], Counter[str]]:
+    """All that `parse` makes of the objects in a JSON Lines file or JSON array, and why it left some out (LeftOut).
 
     Raises UserError with file, line and reason of the first object that is not JSON or that `parse` refuses (BadRow).
     """
     content = read_source(Path(path), "", ())
-    values, bad = [], list(content.bad)
-    for row in content.rows:
-        try:
-            if not isinstance(row.value, dict):
-                raise BadRow("not a JSON object; each line must hold one")
-            values.append(parse(row.value))
-        except BadRow as error:
-            bad.append(Bad(row.place, str(error)))
-    if bad:
-        first = min(bad, key=lambda one: int(one.place.rpartition(":")[2]))
-        raise UserError(f"{first} (bad lines: {len(bad)}; nothing was read)")
-    require(len(values) > 0, f"{path}: holds no records")
-    return values
+    values = content.parse(parse)
+    if content.bad:
+        raise UserError(f"{content.bad[0]} (bad lines: {len(content.bad)}; nothing was read)")
+    require(len(content.rows) > 0, f"{path}: holds no records")
+    return values, content.left_out
 
 
 def read_candidates(path: Path) -> list[Candidates]:
     """The candidates in a file that `collect` or the simulated labeller wrote; raises UserError with file:line."""
-    return read_lines(path, parse_candidates)
+    return read_lines(path, lambda row: [parse_candidates(row)])[0]
 
 
 def read_labels(path: Path) -> list[Label]:
@@ -135,16 +122,15 @@ def read_labels(path: Path) -> list[Label]:
     Rankings and pairs of other origin are labels too (the simulated labeller's, or `prompt`, `chosen`, `rejected`):
     what they do not tell stays unknown. The verdict follows from the ranks, the labeller is "unknown" where unnamed.
     """
-    return read_lines(path, parse_label)
+    return read_lines(path, lambda row: [parse_label(row)])[0]
 
 
 def parse_candidates(row: Row) -> Candidates:
     """The candidates of one record, a label's too; raises BadRow where they cannot be compared."""
     prompt, responses, ids = answers_of(row)
-    if len(set(responses)) < len(responses):
-        raise BadRow("two responses are the same text")
+    require(len(set(responses)) == len(responses), "two responses are the same text", BadRow)
     sources = texts_of(row, "sources", len(responses)) if "sources" in row else None
-    return Candidates(prompt, responses, ids, sources)
+    return Candidates(prompt, responses, response_ids=ids, sources=sources)
 
 
 def parse_label(row: Row) -> Label:
@@ -153,24 +139,20 @@ def parse_label(row: Row) -> Label:
         row = {**row, "responses": [row["chosen"], text_of(row, "rejected")], "ranks": [0, 1]}
     compared = parse_candidates(row)
     count = len(compared.responses)
-    find(row, "ranks")
-    sizes = {"ranks": count, "shown": count, "scores": count, "orders": 2}
-    lists: dict[str, Any] = {name: values_of(row, name, size) for name, size in sizes.items() if name in row}
-    ranks, shown = lists["ranks"], lists.get("shown")
+    sizes = {"shown": count, "scores": count, "orders": 2}
+    lists: dict[str, Any] = {name: tuple(list_of(row, name, size)) for name, size in sizes.items() if name in row}
+    ranks, shown = tuple(list_of(row, "ranks", count)), lists.get("shown")
     if sorted(set(ranks)) != list(range(len(set(ranks)))):
         raise BadRow(f"'ranks' {list(ranks)} leave a rank out; count 0 for the best, then 1, and so on")
     if shown is not None and sorted(shown) != list(range(count)):
         raise BadRow(f"'shown' {list(shown)} must name each of the {count} positions once, from 0")
-    verdict = text_of(row, "verdict") if "verdict" in row else ("tie" if len(set(ranks)) == 1 else "ranked")
-    _check_verdict(verdict, ranks, shown)
-    given: dict[str, Any] = {name: row[name] for name in ("repeat", "seconds") if name in row}
-    given |= {name: text_of(row, name) for name in ("labeller", "note") if name in row}
-    label = Label(**vars(compared), **lists, **{"labeller": "unknown", "verdict": verdict, **given})
-    if not label.labeller.strip():
-        raise BadRow("the field 'labeller' is blank")
-    if not isinstance(label.repeat, bool):
-        raise BadRow(f"the field 'repeat' is {describe(label.repeat)}, not true or false")
-    if label.seconds is not None and not (_is_number(label.seconds) and label.seconds >= 0):
+    row = {"verdict": "tie" if len(set(ranks)) == 1 else "ranked", "labeller": "unknown", "note": "", **row}
+    texts: dict[str, Any] = {name: text_of(row, name) for name in ("verdict", "labeller", "note")}
+    repeat = value_of({"repeat": False, **row}, "repeat", bool, "true or false")
+    label = Label(**vars(compared), ranks=ranks, **texts, repeat=repeat, seconds=row.get("seconds"), **lists)
+    _check_verdict(label.verdict, ranks, shown)
+    require(bool(label.labeller.strip()), "the field 'labeller' is blank", BadRow)
+    if label.seconds is not None and not (is_number(label.seconds) and label.seconds >= 0):
         raise BadRow(f"the field 'seconds' is {describe(label.seconds)}, not a number of 0 or more")
     if row.get("item", label.item) != label.item:
         raise BadRow(f"'item' is {row['item']!r}, but this prompt and these responses are {label.item!r}")
@@ -178,37 +160,9 @@ def parse_label(row: Row) -> Label:
 
 
 def _check_verdict(verdict: str, ranks: tuple[int, ...], shown: tuple[int, ...] | None) -> None:
-    if verdict not in VERDICTS:
-        raise BadRow(f"the verdict is {verdict!r}; it must be one of {', '.join(VERDICTS)}")
-    sided = verdict in ("left", "right")
-    if sided and (len(ranks) != 2 or shown is None):
+    require(verdict in VERDICTS, f"the verdict is {verdict!r}; it must be one of {', '.join(VERDICTS)}", BadRow)
+    if verdict in SIDES and (len(ranks) != 2 or shown is None):
         raise BadRow(f"the verdict {verdict!r} needs two responses and 'shown', the order they were shown in")
-    agrees = ranks == ranks_of(verdict, shown or ()) if sided else (verdict == "ranked") == (len(set(ranks)) > 1)
-    if not agrees:
-        raise BadRow(f"the verdict {verdict!r} and the ranks {list(ranks)} contradict each other")
-
-
-def values_of(row: Row, name: str, count: int) -> tuple[Any, ...]:
-    """A list of `count` values of the kind that goes by this name; raises BadRow."""
-    values = list_of(row, name, count)
-    good, words = KINDS[name]
-    if not all(good(value) for value in values):
-        raise BadRow(f"{name!r} must be {words}")
-    return tuple(values)
-
-
-def _is_count(value: object) -> bool:
-    return type(value) is int and value >= 0
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) < math.inf  # type: ignore[arg-type]
-
-
-# What the values of a list must be, and that in words.
-KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "ranks": (_is_count, "whole numbers of 0 or more"),
-    "shown": (_is_count, "whole numbers of 0 or more"),
-    "scores": (_is_number, "numbers"),
-    "orders": (lambda value: _is_number(value) and 0 <= value <= 1, "probabilities, from 0 to 1"),
-}
+    meant = {"tie", "bad", "skip"} if len(set(ranks)) == 1 else {"ranked", verdict_of(ranks, shown or (0, 1))}
+    words = f"the verdict {verdict!r} and the ranks {list(ranks)} contradict each other"
+    require(verdict in meant, words, BadRow)

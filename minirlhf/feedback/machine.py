@@ -13,16 +13,16 @@ The models and how they are asked stand in `minirlhf/evaluate/judges.py`, which 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from minirlhf.batch import Example, pad
 from minirlhf.config import Count, Finite, Fraction, NotNegative, Smoothing
-from minirlhf.encode import Record, encode_comparison
+from minirlhf.encode import encode_comparison
 from minirlhf.evaluate.judges import JudgeModel, ModelFolder, RewardScorer
-from minirlhf.feedback.agreement import order_bias
+from minirlhf.feedback.agreement import order_bias, order_sentence
 from minirlhf.feedback.labels import Label, new_file
 from minirlhf.feedback.tasks import Mode, Task, TaskConfig, make_tasks
 from minirlhf.files import write_records
@@ -32,8 +32,6 @@ from minirlhf.runtime import UserError, resolve_device
 from minirlhf.world import TEMPERATURE, Labeller
 
 TASKS = 64  # scored at a time
-Ask = Callable[[Sequence[Task]], Iterable[Label]]
-Question = tuple[str, str, str]  # prompt, the answer read first, the other
 
 
 @dataclass
@@ -48,18 +46,19 @@ class MachineConfig(TaskConfig):
     """`pairs` of answers, or `rankings` of all answers to a prompt, by a judge of two from K (K-1) questions."""
 
 
-def label_by_machine(config: MachineConfig, ask: Ask) -> Path:
-    """Ask about all tasks and write the labels; returns their file."""
-    tasks = make_tasks(config, config.labeller, mode=config.mode)[
-        : config.max_items
-    ]  # no repeats: they would be the same
-    output = new_file(config.output or config.run / "labels" / f"{config.labeller}.jsonl")
-    labels = list(ask(tasks))
+def tasks_and_file(config: MachineConfig) -> tuple[list[Task], Path]:
+    """The questions that people are asked, without repeats, which would be the same; and the file for the labels."""
+    tasks = make_tasks(config, config.labeller, mode=config.mode)[: config.max_items]
+    return tasks, new_file(config.output or config.run / "labels" / f"{config.labeller}.jsonl")
+
+
+def write_labels(output: Path, labels: Sequence[Label]) -> Path:
+    """Write the labels of a machine and what they are worth; returns their file."""
     write_records(output, [label.record() for label in labels])
     skipped = sum(label.verdict == "skip" for label in labels)
     print(f"{output}: {len(labels)} labels" + (f", {skipped} of them skips: no verdict" if skipped else ""))
-    for bias in order_bias(labels).values():
-        print(bias)
+    for labeller, bias in order_bias(labels).items():
+        print(order_sentence(labeller, bias))
     return output
 
 
@@ -82,16 +81,13 @@ def simulated(config: Simulated) -> Path:
     python -m minirlhf.feedback label --by simulated --noise 0.1 --length-bias 0.02
     """
     people = Labeller(config.temperature, config.noise, config.length_bias, config.seed)
-
-    def ask(tasks: Sequence[Task]) -> Iterator[Label]:
-        for task in tasks:
-            try:
-                ranks = people.rank(task.candidates.prompt, task.candidates.responses, key=task.key[0])
-            except ValueError as error:
-                raise UserError(f"--by simulated: {error}") from error
-            yield task.label(config.labeller, ranks)
-
-    return label_by_machine(config, ask)
+    tasks, output = tasks_and_file(config)
+    try:
+        ranks = [people.rank(t.candidates.prompt, t.candidates.responses, key=t.key[0]) for t in tasks]
+    except ValueError as error:
+        raise UserError(f"--by simulated: {error}") from error
+    labels = [task.label(config.labeller, each) for task, each in zip(tasks, ranks, strict=True)]
+    return write_labels(output, labels)
 
 
 # -------------------------------------------------------------------------------------------------------- reward models
@@ -115,23 +111,21 @@ def reward_model(config: ByReward) -> Path:
     source = config.model or str(config.run / "reward" / "model")
     folder = ModelFolder.find(source, RewardModel, flag="--model")
     scorer = RewardScorer(folder, resolve_device(config.device), config.micro_batch_tokens)
-
-    def ask(tasks: Sequence[Task]) -> Iterator[Label]:
-        for start in range(0, len(tasks), TASKS):
-            part = tasks[start : start + TASKS]
-            rows = [_answers(folder, task) for task in part]
-            every = [row for answers in rows for row in answers]
-            scores = iter(scorer.scores(pad(every)).tolist() if every else [])
-            for task, answers in zip(part, rows, strict=True):
-                yield by_scores(config.labeller, task, [next(scores) for _ in answers])
-
-    return label_by_machine(config, ask)
+    tasks, output = tasks_and_file(config)
+    labels = []
+    for start in range(0, len(tasks), TASKS):
+        part = tasks[start : start + TASKS]
+        rows = [_answers(folder, task) for task in part]
+        every = [row for answers in rows for row in answers]
+        scores = iter(scorer.scores(pad(every)).tolist() if every else [])
+        for task, answers in zip(part, rows, strict=True):
+            labels.append(by_scores(config.labeller, task, [next(scores) for _ in answers]))
+    return write_labels(output, labels)
 
 
 def _answers(folder: ModelFolder, task: Task) -> list[Example]:
     """The responses as the reward model reads them, sampled ids as they were sampled; none where one does not fit."""
-    record: Record = {name: value for name, value in vars(task.candidates).items() if value is not None}
-    record["ranks"] = range(len(task.shown))
+    record = {**task.candidates.record(), "ranks": range(len(task.shown))}
     comparison = encode_comparison(folder.encoding, record, max_length=folder.positions)
     return comparison.examples if comparison and len(comparison.examples) == len(task.shown) else []
 
@@ -185,37 +179,28 @@ def judge_model(config: ByJudge) -> Path:
     source = config.model or str(config.run / "judge" / "sft" / "model")
     folder = ModelFolder.find(source, GPT, flag="--model")
     judge = JudgeModel(folder, config.instruction, resolve_device(config.device), config.micro_batch_tokens)
-    cut = 0
-
-    def preferred(questions: Sequence[Question]) -> list[float]:
-        nonlocal cut
-        shares, cut = judge.ask(questions)
-        return shares
-
-    output = label_by_machine(config, lambda tasks: by_pairs(config, tasks, preferred))
-    if cut:
-        print(f"{cut} comparisons lost their start to fit the judge's {folder.positions} tokens")
-    return output
+    tasks, output = tasks_and_file(config)
+    return write_labels(output, list(by_pairs(config, tasks, judge.preferred(questions_of(tasks)))))
 
 
-def by_pairs(
-    config: PairsConfig,
-    tasks: Sequence[Task],
-    preferred: Callable[[Sequence[Question]], Iterable[float | None]],
-) -> Iterator[Label]:
-    """Labels of a judge that is asked every pair of a task's answers, as they are shown and with the two exchanged.
-
-    preferred  probability that the answer read first is the better one, None where the judge does not say
-    """
-    questions = [
+def questions_of(tasks: Sequence[Task]) -> list[tuple[str, str, str]]:
+    """(prompt, the answer read first, the other) of every pair of a task's answers, as shown and then exchanged."""
+    return [
         (task.candidates.prompt, one, other)
         for task in tasks
         for both in itertools.combinations(task.answers, 2)
         for one, other in (both, both[::-1])
     ]
-    shares = iter(preferred(questions))
+
+
+def by_pairs(config: PairsConfig, tasks: Sequence[Task], shares: Iterable[float | None]) -> Iterator[Label]:
+    """The labels of a judge.
+
+    shares  for each of `questions_of`, the probability that the answer read first is better; None without a verdict
+    """
+    rest = iter(shares)
     for task in tasks:
-        given = list(itertools.islice(shares, len(task.shown) * (len(task.shown) - 1)))
+        given = list(itertools.islice(rest, len(task.shown) * (len(task.shown) - 1)))
         spoken = [share for share in given if share is not None]
         orders = list(zip(spoken[::2], spoken[1::2], strict=False))
         yield by_orders(config, task, orders) if spoken == given else task.label(config.labeller, None)
@@ -236,7 +221,6 @@ def by_orders(config: PairsConfig, task: Task, orders: Sequence[tuple[float, flo
             first_is_better = 0.5
         beats[i] += first_is_better
         beats[j] += 1 - first_is_better
-    label = by_scores(config.labeller, task, [round(points, 9) for points in beats])  # sums may differ by rounding
-    if count == 2:
-        return replace(label, scores=None, orders=orders[0])
-    return replace(label, scores=tuple(points / (count - 1) for points in label.scores or ()))
+    scores = [round(points, 9) / (count - 1) for points in beats]  # sums may differ by rounding
+    label = by_scores(config.labeller, task, scores)
+    return replace(label, scores=None, orders=orders[0]) if count == 2 else label

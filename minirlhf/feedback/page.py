@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import secrets
 import socketserver
+import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,7 +42,7 @@ def label_on_page(session: Session, *, port: int) -> None:
 
 
 def state(session: Session) -> dict[str, Any]:
-    """What the page shows; `version` tells it from every other state of this session."""
+    """The page's content; `version` tells it from every other state of this session."""
     task = session.current
     return {
         "version": session.version,
@@ -61,6 +62,7 @@ class PageServer(ThreadingHTTPServer):
 
     def __init__(self, session: Session, *, port: int) -> None:
         self.session, self.token, self.nonce = session, secrets.token_urlsafe(16), secrets.token_urlsafe(16)
+        self.lock = threading.Lock()  # held while the session is read or changed: each request has a thread
         self.failure: UserError | None = None
         try:
             super().__init__(("127.0.0.1", port), Handler)
@@ -94,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
             page = HTML.read_text(encoding="utf-8").replace("{{nonce}}", self.server.nonce)
             self._send(HTTPStatus.OK, "text/html; charset=utf-8", page.encode())
         elif place == "state":
-            with self.server.session.lock:
+            with self.server.lock:
                 self._send_json(HTTPStatus.OK, state(self.server.session))
         else:
             self._refuse(HTTPStatus.NOT_FOUND)
@@ -121,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.BAD_REQUEST)
             return
         session = self.server.session
-        with session.lock:
+        with self.server.lock:
             if version != session.version:
                 self._send_json(HTTPStatus.CONFLICT, state(session))
                 return
@@ -138,8 +140,8 @@ class Handler(BaseHTTPRequestHandler):
     def _place(self) -> str | None:
         """The path below the token; None where token or Host are wrong."""
         token, slash, place = self.path.removeprefix("/").partition("/")
-        known = secrets.compare_digest(token.encode(), self.server.token.encode())
-        return place if known and slash and self.headers.get("Host") == self.server.host else None
+        ours = secrets.compare_digest(token.encode(), self.server.token.encode())
+        return place if ours and slash and self.headers.get("Host") == self.server.host else None
 
     def _send_json(self, status: HTTPStatus, value: dict[str, Any]) -> None:
         self._send(status, "application/json", json.dumps(value).encode())

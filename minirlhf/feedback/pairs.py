@@ -19,9 +19,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from minirlhf.config import Fraction, Seed, Settings
+from minirlhf.config import Range, Seed, Settings
 from minirlhf.encode import Record, pairs_from_ranks, split_by_prompt
 from minirlhf.evaluate.judges import VERDICTS, comparison_text
 from minirlhf.feedback.agreement import first_labels
@@ -45,7 +45,7 @@ class Config(Settings):
     ties: Ties = "drop"
     """`drop` learns nothing from ties; `keep` leaves them to `train_reward.py --ties`; `half` counts a tie as half a
     win each way, by writing every record twice and a tie once each way: train for half the epochs then."""
-    held_out_share: Fraction = 0.0
+    held_out_share: Annotated[float, Range(low=0, high=1, below=True)] = 0.0
     """Share of the prompts whose records go to `held-out.jsonl`, for measuring; training never sees them."""
     output: Path | None = None
     """File to write, by default `<run>/labels/comparisons.jsonl`; made anew each time."""
@@ -55,19 +55,17 @@ class Config(Settings):
 
 def main(config: Config) -> Path:
     """Write the records; returns the file to train from."""
-    share = config.held_out_share
-    require(share < 1, f"--held-out-share {share}: must be 0 or more and less than 1")
     files = config.labels or (config.run / "labels" / "labels.jsonl",)
     output = config.output or config.run / "labels" / "comparisons.jsonl"
     require(output.resolve() not in [file.resolve() for file in files], f"--output {output}: holds the labels")
     labels = [label for file in files for label in read_labels(file)]
     records = training_records(labels, form=config.form, ties=config.ties)
     require(len(records) > 0, f"{len(labels)} labels, but none of them prefers one response; nothing to learn from")
-    train, held_out = split_by_prompt(records, share=share, seed=config.seed)
+    train, held_out = split_by_prompt(records, share=config.held_out_share, seed=config.seed)
     _write(output, train, config.form)
     pairs = sum(len(pairs_from_ranks(record["ranks"])) for record in train)
     print(f"{output}: {len(train)} records, {pairs} pairs, from {len(labels)} labels")
-    if share:
+    if config.held_out_share:
         file = output.with_name("held-out.jsonl")
         _write(file, held_out, config.form)
         print(f"{file}: {len(held_out)} records of other prompts")
@@ -111,10 +109,8 @@ def join_pairs(labels: Sequence[Label]) -> list[Record]:
     records = []
     for group in groups.values():
         ranks = _ranks_from(group)
-        if ranks is None:
-            records += [_record([label], dict(zip(label.responses, label.ranks, strict=True))) for label in group]
-        else:
-            records.append(_record(group, ranks))
+        alone = [([label], dict(zip(label.responses, label.ranks, strict=True))) for label in group]
+        records += [_record(*part) for part in ([(group, ranks)] if ranks else alone)]
     return records
 
 
@@ -153,11 +149,7 @@ def _tied_pairs(record: Record, form: Form) -> list[Record]:
     ranks, made = record["ranks"], []
     for i, j in itertools.combinations(range(len(ranks)), 2):
         if ranks[i] == ranks[j] and (form == "rankings" or ranks[i] == 0):
-            columns: Record = {
-                name: [record[name][i], record[name][j]]
-                for name in ("responses", "sources", "response_ids")
-                if name in record
-            }
-            pair: Record = {"prompt": record["prompt"], "labeller": record["labeller"], **columns}
+            columns = ("responses", "sources", "response_ids")
+            pair = record | {name: [record[name][i], record[name][j]] for name in columns if name in record}
             made += [{**pair, "ranks": [0, 1]}, {**pair, "ranks": [1, 0]}]
     return made

@@ -6,7 +6,6 @@ from best to worst, = before a number to tie it with the one before, Enter to le
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -27,7 +26,7 @@ class Session:
     tasks     all tasks; those that this labeller has labelled in `file` are done
     message   what the last key did, in words
     note      goes into the label of the current task
-    lock      held by whoever presses a key: the page answers from several threads
+    version   tells every state from every other
     """
 
     def __init__(
@@ -36,26 +35,17 @@ class Session:
         longest = max((len(task.shown) for task in tasks), default=0)
         require(longest <= MOST, f"{longest} responses to a prompt: at most {MOST} can be ranked by hand")
         self.tasks, self.file, self.labeller, self.clock = list(tasks), file, labeller, clock
-        self.lock = threading.RLock()
         self.message, self.version = "", 0
-        self._places = {task.key: i for i, task in enumerate(self.tasks)}
         self._began, self._saved = clock(), 0
         mine = [label for label in file.labels if label.labeller == labeller]
         self._done = {(label.item, label.repeat) for label in mine}
-        self._skipped = {label.item for label in mine if label.verdict == "skip"}
-        self._go_on()
+        self._done |= {(label.item, True) for label in mine if label.verdict == "skip"}  # what is skipped has no repeat
+        self._start()
 
     # -------------------------------------------------------------------------------------------------------- the task
-    def _go_on(self) -> None:
-        """To the first task that is not done; what was skipped is not asked again."""
-        self._start(next((i for i, task in enumerate(self.tasks) if self._open(task)), None))
-
-    def _open(self, task: Task) -> bool:
-        item, repeat = task.key
-        return task.key not in self._done and not (repeat and item in self._skipped)
-
-    def _start(self, place: int | None) -> None:
-        self.current = None if place is None else self.tasks[place]
+    def _start(self, task: Task | None = None) -> None:
+        """Show a task, by default the first that is not done."""
+        self.current = task or next((task for task in self.tasks if task.key not in self._done), None)
         self.picked: list[list[int]] = []  # levels of displayed positions, best first
         self._tie_next = False
         self.note = ""
@@ -64,7 +54,7 @@ class Session:
     @property
     def progress(self) -> dict[str, Any]:
         """Tasks done, all tasks, labels a minute since this session began, minutes left at that rate."""
-        open_tasks = sum(self._open(task) for task in self.tasks)
+        open_tasks = sum(task.key not in self._done for task in self.tasks)
         minutes = (self.clock() - self._began) / 60
         rate = self._saved / minutes if self._saved > 0 and minutes > 0 else 0.0
         left = open_tasks / rate if rate else None
@@ -72,27 +62,20 @@ class Session:
 
     # ------------------------------------------------------------------------------------------------------------ keys
     def press(self, key: str) -> None:
-        """What one key does; `message` says it in words. A label is on the disk when this returns."""
-        with self.lock:
-            self.version += 1
-            self._act(key)
-
-    def _act(self, key: str) -> None:
+        """Act on one key; `message` says what it did. A label is on the disk when this returns."""
+        self.version += 1
+        self.message = f"the key {key!r} does nothing here"  # unless it does
+        task = self.current
         if key == "u":
             self._undo()
-            return
-        task = self.current
-        if task is None:
+        elif task is None:
             self.message = "all done; u undoes the last label"
-            return
-        if key in VERDICT_KEYS:
+        elif key in VERDICT_KEYS:
             self._save(task, [list(range(len(task.shown)))], VERDICT_KEYS[key])
         elif len(task.shown) == 2 and key in SIDES:
             self._save(task, [[SIDES[key]], [1 - SIDES[key]]])
         elif len(task.shown) > 2 and (key.isdecimal() or (key in ("=", "enter") and self.picked)):
             self._pick(task, key)
-        else:
-            self.message = f"the key {key!r} does nothing here"
 
     def _pick(self, task: Task, key: str) -> None:
         """The next in a ranking."""
@@ -104,10 +87,9 @@ class Session:
         elif key == "enter":
             self._save(task, [*self.picked, left])
         elif int(key) - 1 in left:
-            if self._tie_next:
-                self.picked[-1].append(int(key) - 1)
-            else:
-                self.picked.append([int(key) - 1])
+            if not self._tie_next:
+                self.picked.append([])
+            self.picked[-1].append(int(key) - 1)
             self._tie_next = False
             places = " > ".join(" = ".join(str(i + 1) for i in level) for level in self.picked)
             self.message = f"best first: {places}"
@@ -115,8 +97,6 @@ class Session:
                 self._save(task, self.picked)
         elif int(key) - 1 in taken:
             self.message = f"{key} has its place already; u takes the last one back"
-        else:
-            self.message = f"the key {key!r} does nothing here"
 
     def _save(self, task: Task, levels: list[list[int]], verdict: str = "") -> None:
         """Label the task by levels of displayed positions, best first."""
@@ -128,9 +108,9 @@ class Session:
         self._saved += 1
         self._done.add(task.key)
         if label.verdict == "skip":
-            self._skipped.add(label.item)
+            self._done.add((label.item, True))
         self.message = f"saved: {'both bad' if verdict == 'bad' and len(ranks) == 2 else label.verdict}"
-        self._go_on()
+        self._start()
 
     def _undo(self) -> None:
         """Take back the last pick of a ranking, else the last label, and show its task again."""
@@ -141,14 +121,15 @@ class Session:
             self.message = "took the last one back"
             return
         last = self.file.labels[-1] if self.file.labels else None
-        key = (last.item, last.repeat) if last else None
-        if last is None or last.labeller != self.labeller or key not in self._places:
+        task = next((task for task in self.tasks if last and task.key == (last.item, last.repeat)), None)
+        if last is None or last.labeller != self.labeller or task is None:
             self.message = "nothing to undo"
             return
         self.file.pop()
         self._saved -= 1
-        self._done.discard(key)
-        self._skipped.discard(last.item)
-        self._start(self._places[key])
+        self._done.discard(task.key)
+        if last.verdict == "skip":
+            self._done.discard((last.item, True))
+        self._start(task)
         self.note = last.note
         self.message = f"undone: {last.verdict}"

@@ -1,4 +1,4 @@
-"""What labels are worth, before anything trains on them.
+"""The worth of labels, before anything trains on them.
 
     python -m minirlhf.feedback stats                          # of <run>/labels/labels.jsonl
     python -m minirlhf.feedback stats --labels anna.jsonl ben.jsonl
@@ -18,10 +18,20 @@ from typing import Any
 import numpy as np
 
 from minirlhf.config import Settings
-from minirlhf.feedback.agreement import between_labellers, order_bias, position_bias, self_agreement
+from minirlhf.evaluate.tables import Column, rows
+from minirlhf.feedback import agreement
 from minirlhf.feedback.labels import VERDICTS, Label, read_labels
 from minirlhf.feedback.strengths import NoStrengths, strengths
 from minirlhf.files import write_json
+
+STRENGTHS = (
+    Column("compared", "comparisons", "{}"),
+    Column("wins", "wins", "{:g}"),
+    Column("strength", "strength"),
+    Column("95 % interval", "interval"),
+    Column("Elo", "elo", "{:.0f}"),
+    Column("95 %", "elo_interval", "{:.0f}"),
+)
 
 
 @dataclass
@@ -47,6 +57,8 @@ def main(config: Config) -> dict[str, Any]:
 
 def summarise(labels: Sequence[Label]) -> dict[str, Any]:
     """All statistics as plain values."""
+    counts = Counter((label.labeller, label.verdict) for label in labels)
+    names = sorted({label.labeller for label in labels})
     seconds = [label.seconds for label in labels if label.seconds is not None]
     try:
         ratings, reason = strengths(labels), ""
@@ -59,67 +71,34 @@ def summarise(labels: Sequence[Label]) -> dict[str, Any]:
         "repeats": sum(label.repeat for label in labels),
         "notes": sum(bool(label.note) for label in labels),
         "median_seconds": float(np.median(seconds)) if seconds else None,
-        "verdicts": _verdicts(labels),
-        "shown_first": {str(k): {**share.plain(), "chance": 1 / k} for k, share in position_bias(labels).items()},
-        "order_bias": {
-            name: {"first": bias.first, "contradictions": bias.contradictions.plain()}
-            for name, bias in order_bias(labels).items()
-        },
-        "self_agreement": {name: share.plain() for name, share in self_agreement(labels).items()},
-        "agreement": between_labellers(labels),
+        "verdicts": {name: {verdict: counts[name, verdict] for verdict in VERDICTS} for name in names},
+        "shown_first": {str(k): {**row, "chance": 1 / k} for k, row in agreement.position_bias(labels).items()},
+        "order_bias": agreement.order_bias(labels),
+        "self_agreement": agreement.self_agreement(labels),
+        "agreement": agreement.between_labellers(labels),
         "strengths": ratings,
         "no_strengths_because": reason,
     }
 
 
-def _verdicts(labels: Sequence[Label]) -> dict[str, dict[str, int]]:
-    counts = Counter((label.labeller, label.verdict) for label in labels)
-    names = sorted({label.labeller for label in labels})
-    return {name: {verdict: counts[name, verdict] for verdict in VERDICTS} for name in names}
-
-
 def table(summary: dict[str, Any]) -> str:
     """The statistics as text."""
-    lines = [
-        f"{summary['labels']} labels of {summary['items']} items on {summary['prompts']} prompts, "
-        f"{summary['repeats']} of them repeats, {summary['notes']} with a note"
-    ]
+    about = f"{summary['labels']} labels of {summary['items']} items on {summary['prompts']} prompts"
+    lines = [f"{about}, {summary['repeats']} of them repeats, {summary['notes']} with a note"]
     if summary["median_seconds"] is not None:
         lines.append(f"median time for a label: {summary['median_seconds']:.1f} s")
-    lines += ["", f"{'labeller':<20}" + "".join(f"{verdict:>8}" for verdict in VERDICTS)]
-    lines += [
-        f"{name:<20}" + "".join(f"{n:>8}" for n in counts.values()) for name, counts in summary["verdicts"].items()
-    ]
-    lines.append("")
+    verdicts = [Column(verdict, verdict, "{}") for verdict in VERDICTS]
+    lines += ["", rows(summary["verdicts"], verdicts, title="labeller"), ""]
     for k, row in summary["shown_first"].items():
-        lines.append(f"the one shown first was best of {k}: {_share(row)}; {row['chance']:.1%} without a bias")
-    for name, row in summary["order_bias"].items():
-        lines.append(f"{name} gives the one it reads first {row['first']:.3f} on average; its two orders contradict")
-        lines.append(f"each other in {_share(row['contradictions'])}")
+        share = agreement.share_text(row)
+        lines.append(f"the one shown first was best of {k}: {share}; {row['chance']:.1%} without a bias")
+    lines += [agreement.order_sentence(name, row) for name, row in summary["order_bias"].items()]
     for name, row in summary["self_agreement"].items():
-        lines.append(f"{name} agrees with their own earlier label: {_share(row)}")
+        lines.append(f"{name} agrees with their own earlier label: {agreement.share_text(row)}")
     for row in summary["agreement"]:
         names = " and ".join(row["labellers"])
         kappa = "not defined" if row["kappa"] is None else f"{row['kappa']:.2f}"
-        lines.append(f"{names} agree: {_share(row)}, Cohen's kappa {kappa}")
-    return "\n".join([*lines, "", *_strength_table(summary)])
-
-
-def _share(row: dict[str, Any]) -> str:
-    low, high = row["interval"]
-    return f"{row['share']:.1%} ({low:.1%} to {high:.1%}) of {row['of']}"
-
-
-def _strength_table(summary: dict[str, Any]) -> list[str]:
-    if not summary["strengths"]:
-        return [f"no Bradley-Terry strengths of the sources: {summary['no_strengths_because']}"]
-    width = max(20, *(len(row["source"]) + 2 for row in summary["strengths"]))
-    lines = [
-        f"{'source':<{width}}{'compared':>9}{'wins':>7}{'strength':>10}{'95 % interval':>18}{'Elo':>7}{'95 %':>15}"
-    ]
-    for row in summary["strengths"]:
-        (low, high), (elo_low, elo_high) = row["interval"], row["elo_interval"]
-        line = f"{row['source']:<{width}}{row['comparisons']:>9}{row['wins']:>7g}{row['strength']:>10.2f}"
-        line += f"{f'{low:.2f} to {high:.2f}':>18}{row['elo']:>7.0f}{f'{elo_low:.0f} to {elo_high:.0f}':>15}"
-        lines.append(line)
-    return lines
+        lines.append(f"{names} agree: {agreement.share_text(row)}, Cohen's kappa {kappa}")
+    sources = {row["source"]: row for row in summary["strengths"]}
+    none = f"no Bradley-Terry strengths of the sources: {summary['no_strengths_because']}"
+    return "\n".join([*lines, "", rows(sources, STRENGTHS, title="source") if sources else none])

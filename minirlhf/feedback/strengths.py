@@ -1,4 +1,4 @@
-"""How good the sources of the answers are, by the labels: Bradley-Terry strengths, and the same as Elo ratings.
+"""Strengths of the sources of the answers, by the labels: Bradley-Terry strengths, and the same as Elo ratings.
 
 P(a beats b) = sigmoid(s_a - s_b); a tie counts half a win for each. Bradley and Terry 1952.
 All labels count alike whatever their order, unlike in a rating that is updated game by game. Answers of one source
@@ -17,11 +17,12 @@ import numpy as np
 
 from minirlhf.feedback.agreement import Z, first_labels
 from minirlhf.feedback.labels import Label
+from minirlhf.runtime import UserError, require
 
 ELO_MEAN, ELO_SCALE = 1500.0, 400.0
 
 
-class NoStrengths(ValueError):
+class NoStrengths(UserError):
     """Labels from which no finite strengths follow; says why."""
 
 
@@ -77,13 +78,11 @@ def strengths(labels: Sequence[Label]) -> list[dict[str, Any]]:
     against the rest: their strengths would be infinite (Ford 1957).
     """
     games = games_of(labels)
-    if not len(games.score):
-        raise NoStrengths("no two sources were compared")
-    if not _connected(games):
-        raise NoStrengths("some sources only won or only lost against the others, or never met them")
+    require(len(games.score) > 0, "no two sources were compared", NoStrengths)
+    words = "some sources only won or only lost against the others, or never met them"
+    require(_connected(games), words, NoStrengths)
     clusters = int(games.cluster.max()) + 1
-    if clusters < 2:
-        raise NoStrengths("the labels are about one prompt alone")
+    require(clusters > 1, "the labels are about one prompt alone", NoStrengths)
     values, score = fit(games), games.score[:, None]
     chance = 1 / (1 + np.exp(-games.design @ values))
     inverse = _inverse_information(games.design, chance)
@@ -102,19 +101,16 @@ def strengths(labels: Sequence[Label]) -> list[dict[str, Any]]:
 
 
 def fit(games: Games) -> np.ndarray:
-    """(S,) strengths of mean 0 at which the log-likelihood is greatest; they must be finite (`_connected`)."""
+    """(S,) strengths of mean 0 at which the log-likelihood is greatest; they must be finite (`_connected`).
+
+    Newton's steps, shortened where one moves a difference by more than 1: then each raises the likelihood (Bach 2010,
+    "Self-concordant analysis for logistic regression").
+    """
     values = np.zeros(len(games.sources))
-
-    def likelihood(at: np.ndarray) -> float:
-        gap = games.design @ at
-        return float(-(games.score * np.logaddexp(0, -gap) + (1 - games.score) * np.logaddexp(0, gap)).sum())
-
     for _ in range(1000):
         chance = 1 / (1 + np.exp(-games.design @ values))
         step = _inverse_information(games.design, chance) @ (games.design.T @ (games.score - chance))
-        while likelihood(values + step) < likelihood(values) - 1e-12:
-            step = step / 2
-        values = values + step
+        values = values + step / max(1, np.abs(games.design @ step).max())
         if np.abs(step).max() < 1e-10:
             return values - values.mean()
     raise NoStrengths("the strengths did not converge; one source hardly ever lost or won")
@@ -131,7 +127,7 @@ def _inverse_information(design: np.ndarray, chance: np.ndarray) -> np.ndarray:
 
 
 def _connected(games: Games) -> bool:
-    """Whether every source reaches every other by a chain of wins or ties."""
+    """True where every source reaches every other by a chain of wins or ties."""
     first, second, score = games.design > 0, games.design < 0, games.score[:, None]
     reach = np.eye(len(games.sources)) + first.T @ (second * (score > 0)) + second.T @ (first * (score < 1))
     for _ in games.sources:

@@ -17,7 +17,7 @@ from typing import Literal
 from minirlhf.batch import permutation
 from minirlhf.config import Count, Seed, Settings
 from minirlhf.data.formats import ASSISTANT, HUMAN
-from minirlhf.feedback.labels import Candidates, Label, item_id, read_candidates, verdict_of
+from minirlhf.feedback.labels import Candidates, Label, read_candidates, verdict_of
 from minirlhf.runtime import Stream, require
 
 Mode = Literal["pairs", "rankings"]
@@ -26,7 +26,7 @@ APART = 5  # an item is asked again after at least so many others, where there a
 
 @dataclass
 class TaskConfig(Settings):
-    """What every command that asks about candidates is told."""
+    """Settings of every command that asks about candidates."""
 
     run: Path = Path("runs/tiny")
     """Folder of the run; reads and writes `<run>/labels`."""
@@ -49,7 +49,7 @@ class Task:
     @functools.cached_property
     def key(self) -> tuple[str, bool]:
         """Tells tasks apart: the item, and whether it is asked again."""
-        return item_id(self.candidates.prompt, self.candidates.responses), self.repeat
+        return self.candidates.item, self.repeat
 
     @property
     def question(self) -> str:
@@ -65,7 +65,7 @@ class Task:
         return [self.candidates.responses[i] for i in self.shown]
 
     def label(self, labeller: str, ranks: Sequence[int] | None, *, verdict: str = "") -> Label:
-        """What a labeller says about this task: `ranks` of the responses, or None for a skip.
+        """The label of this task: `ranks` of the responses, or None for a skip.
 
         verdict  of ranks that are all equal, where it is not a tie; of others it follows from the ranks
         """
@@ -94,8 +94,7 @@ def make_tasks(config: TaskConfig, labeller: str, *, mode: Mode = "pairs", repea
     if mode == "pairs":
         items = _pairs(items, config.pairs_per_prompt, config.seed)
     key = (config.seed, Stream.LABELLER, zlib.crc32(labeller.encode()))
-    unique = {item_id(item.prompt, item.responses): item for item in items}
-    items = list(unique.values())
+    items = list({item.item: item for item in items}.values())
     order = permutation(len(items), *key, 0)
     fresh = [Task(items[i], tuple(permutation(len(items[i].responses), *key, 1, i))) for i in order]
     repeats = [int(number * repeat_share + 1e-9) for number in range(len(fresh) + 1)]  # 30 times a tenth is 3
@@ -117,8 +116,8 @@ def _pairs(candidates: Sequence[Candidates], count: int, seed: int) -> list[Cand
     for number, c in enumerate(candidates):
         every = list(itertools.combinations(range(len(c.responses)), 2))
         for n in permutation(len(every), seed, Stream.LABELLER, number)[:count]:
-            i, j = every[n]
-            ids = None if c.response_ids is None else (c.response_ids[i], c.response_ids[j])
-            sources = None if c.sources is None else (c.sources[i], c.sources[j])
-            pairs.append(Candidates(c.prompt, (c.responses[i], c.responses[j]), ids, sources))
+            columns = {
+                name: tuple(values[i] for i in every[n]) for name, values in c.record().items() if name != "prompt"
+            }
+            pairs.append(Candidates(c.prompt, **columns))
     return pairs

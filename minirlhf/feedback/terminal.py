@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from itertools import zip_longest
 
 from minirlhf.feedback.session import Session
+from minirlhf.feedback.tasks import Task
 from minirlhf.runtime import require
 
 NARROW = 80  # columns below which answers stand one above the other
@@ -24,14 +25,13 @@ OTHER_KEYS = "[s] skip  [u] undo  [n] note  [q] quit"
 
 def label_in_terminal(session: Session) -> None:
     """Ask until all is done, or q, or the end of input. Raises UserError where there is no terminal."""
-    require(
-        sys.stdin.isatty() and sys.stdout.isatty(),
-        "label: standard input is not a terminal; start it in one, or use --page",
-    )
+    words = "label: standard input is not a terminal; start it in one, or use --page"
+    require(sys.stdin.isatty() and sys.stdout.isatty(), words)
     descriptor = sys.stdin.fileno()
     with single_keys(descriptor):
-        while session.current is not None:
-            draw(session)
+        while (task := session.current) is not None:
+            lines = ["\x1b[2J\x1b[H", *page(session, task, shutil.get_terminal_size().columns)]  # on a cleared screen
+            print(*lines, sep="\r\n", end="", flush=True)
             key = read_key(descriptor)
             if key in ("q", ""):
                 break
@@ -74,8 +74,7 @@ def read_line(descriptor: int, question: str, text: str) -> str:
     """A line typed by the user, starting from `text`; Enter ends it, Backspace deletes, Escape keeps `text`."""
     typed = text.encode()
     while True:
-        sys.stdout.write(f"\r\x1b[K{question}{printable(typed.decode('utf-8', 'ignore'))}")
-        sys.stdout.flush()
+        print(f"\r\x1b[K{question}{printable(typed.decode('utf-8', 'ignore'))}", end="", flush=True)
         byte = os.read(descriptor, 1)
         if byte in (b"\x1b", b""):
             return text
@@ -87,19 +86,9 @@ def read_line(descriptor: int, question: str, text: str) -> str:
             typed += byte
 
 
-def draw(session: Session) -> None:
-    """Show the current task on a cleared screen."""
-    size = shutil.get_terminal_size()
-    text = "\n".join(["", *page(session, size.columns)])
-    sys.stdout.write("\x1b[2J\x1b[H" + text.replace("\n", "\r\n"))
-    sys.stdout.flush()
-
-
-def page(session: Session, width: int) -> list[str]:
+def page(session: Session, task: Task, width: int) -> list[str]:
     """The lines of the screen."""
-    task, progress = session.current, session.progress
-    if task is None:
-        raise ValueError("page: every task is done, and none is left to show")
+    progress = session.progress
     left = "" if progress["minutes_left"] is None else f", about {progress['minutes_left']:.0f} min left"
     rate = f"   {progress['rate']:.0f} a minute{left}" if progress["rate"] else ""
     lines = [f"{progress['done']} of {progress['total']}{rate}", "", *wrap(task.question, width), ""]

@@ -1,26 +1,28 @@
-"""Small line charts as inline SVG: text that can be selected, colours from the page's style, nothing to load.
+"""Small line charts: where everything stands and what it is called. `page.html` draws them as inline SVG.
 
-Every text goes through `Markup.format`, which escapes it. One chart holds all lines that are given; a line with more
-points than fit is drawn as means of neighbours, and every other point is where its number is.
+One chart holds all lines that are given; a line with more points than fit is drawn as means of neighbours, and every
+other point is where its number is.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
 
 from minirlhf.runs.health import Metric
 
 Point = tuple[float, float]
-WIDTH, HEIGHT = 360, 230
-LEFT, RIGHT, TOP, BOTTOM = 58, 12, 20, 38  # margins of the frame
+Block = dict[str, Any]
+LEFT, RIGHT, TOP, BOTTOM = 58, 348, 20, 192  # edges of the frame
 POINTS = 450  # of all lines of a chart together; longer ones are drawn as means
 COLOURS = 12  # that page.html has: .c0 to .c11
 MINUS = "\N{MINUS SIGN}"
+ANY = Metric()
 
 
 @dataclass(frozen=True)
@@ -28,48 +30,75 @@ class Line:
     """One line of a chart.
 
     colour  number of a colour of the page
-    marks   draw a dot at each point;  drawn  the line between them too
+    dots    draw one at each point, named by `prefix` and label
     errors  a vertical bar at each point, from one number to the other
-    words   to stand above each point
+    words   to stand beside each point
     dashed  for what is computed and not measured, or a second quantity of the same run
     """
 
     label: str
     points: Sequence[Point]
     colour: int = 0
-    marks: bool = False
-    drawn: bool = True
+    dots: bool = True
     errors: Sequence[Point] = ()
     words: Sequence[str] = ()
     dashed: bool = False
+    prefix: str = ""
 
     @property
     def kind(self) -> str:
         """Its classes in the page's style."""
-        return f"c{self.colour % COLOURS}" + (" dashed" if self.dashed else "")
+        return f"c{self.colour % COLOURS}" + " dashed" * self.dashed
+
+    @property
+    def folded(self) -> bool:
+        """True where the line would double back: its dots stand alone."""
+        return list(self.points) != sorted(self.points, key=lambda point: point[0])
+
+    def path(self, x: Axis, y: Axis) -> Markup:
+        """The line from point to point, and its bars."""
+        places = [f"{x.place(a)} {y.place(b)}" for a, b in self.points]
+        line = "" if self.folded or len(places) < 2 else "M" + "L".join(places)
+        bars = zip(self.points, self.errors, strict=False)
+        return Markup(line + "".join(f"M{x.place(a)} {y.place(b)}V{y.place(c)}" for (a, _), (b, c) in bars))
+
+    def places(self, x: Axis, y: Axis) -> list[tuple[float, float, str]]:
+        """The place of each dot, and its numbers."""
+        shown = self.points if self.dots or self.folded or len(self.points) == 1 else []
+        name = f"{self.prefix}{self.label}"
+        return [(x.place(a), y.place(b), f"{name}: {number(a)}, {number(b)}") for a, b in shown]
 
 
-@dataclass(frozen=True)
 class Axis:
-    """One direction: values from `low` to `high` between two places on the screen."""
+    """One direction, from `start` to `end` on the screen.
 
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
+    All values fit, and the ends of the healthy range where they are not far away. Where the range is `log` and all
+    values are above 0, the axis is logarithmic: `low` and `high` are logarithms.
+    """
+
+    def __init__(self, values: Sequence[float], start: float, end: float, band: Metric = ANY) -> None:
+        low, high = min(values), max(values)
+        self.start, self.end, self.log = start, end, band.log and low > 0
+        span = high - low or abs(high) or 1.0
+        for edge in () if self.log else (band.low, band.high):
+            if low - span <= edge <= high + span:
+                low, high = min(low, edge), max(high, edge)
+        low, high = self.scaled(low), self.scaled(high)
+        room = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
+        self.low, self.high = low if low == 0 else low - room, high + room
+
+    def scaled(self, value: float) -> float:
+        """The value, or its logarithm."""
+        return math.log10(max(value, 1e-300)) if self.log else value
 
     def place(self, value: float) -> float:
         """Where a value is, inside the frame."""
-        low, high = self.low, self.high
-        if self.log:
-            low, high, value = math.log(low), math.log(high), math.log(max(value, 1e-300))
-        share = min(1.0, max(0.0, (value - low) / (high - low)))
-        return self.start + share * (self.end - self.start)
+        return round(float(np.interp(self.scaled(value), (self.low, self.high), (self.start, self.end))), 1)
 
-    def ticks(self) -> list[float]:
-        """The values that are written beside it."""
-        return log_ticks(self.low, self.high) if self.log else ticks(self.low, self.high)
+    def ticks(self) -> list[tuple[float, str]]:
+        """The places of round numbers, and the numbers."""
+        values = log_ticks(10**self.low, 10**self.high) if self.log else ticks(self.low, self.high)
+        return [(self.place(value), short(value)) for value in values]
 
 
 def number(value: float) -> str:
@@ -84,14 +113,12 @@ def short(value: float) -> str:
     return f"{value:.3g}".replace("-", MINUS) if long else number(value)
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers between two others, about so many."""
-    rough = (high - low) / count
+def ticks(low: float, high: float) -> list[float]:
+    """Round numbers between two others, about five."""
+    rough = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(rough))
-    step = next(step for step in (power, 2 * power, 2.5 * power, 5 * power, 10 * power) if step >= rough * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    values = [i * step for i in range(first, first + 3 * count) if i * step <= high + 1e-9 * step]
-    return [0.0 if abs(value) < 1e-9 * step else value for value in values]
+    step = next(size * power for size in (1, 2, 2.5, 5, 10) if size * power >= rough * (1 - 1e-9))
+    return [i * step for i in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def log_ticks(low: float, high: float) -> list[float]:
@@ -105,84 +132,24 @@ def log_ticks(low: float, high: float) -> list[float]:
     return ticks(low, high) if len(values) < 3 else values if len(values) <= 7 else whole[:: -(-len(whole) // 6)]
 
 
-def axis(values: Sequence[float], start: float, end: float, *, log: bool = False, band: Metric | None = None) -> Axis:
-    """An axis on which all values fit, and the ends of the healthy range where they are not far away."""
-    low, high = min(values), max(values)
-    span = high - low or abs(high) or 1.0
-    if log and low > 0:
-        room = (high / low) ** 0.04 if high > low else 2.0
-        return Axis(low / room, high * room, start, end, log=True)
-    for edge in (band.low, band.high) if band else ():
-        if low - span <= edge <= high + span:
-            low, high = min(low, edge), max(high, edge)
-    room = 0.05 * (high - low) or 0.5 * abs(high) or 0.5
-    return Axis(low if low == 0 else low - room, high + room, start, end)
-
-
 def thinned(points: Sequence[Point], most: int) -> list[Point]:
     """The points that have a place on a chart; of more than `most`, means of as many neighbours each."""
-    there = [(x, y) for x, y in points if math.isfinite(x) and math.isfinite(y)]
-    size = max(1, -(-len(there) // most))
-    groups = [there[i : i + size] for i in range(0, len(there), size)]
-    return [(sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group)) for group in groups]
+    numbers = np.array(points, dtype=float).reshape(-1, 2)
+    numbers = numbers[np.isfinite(numbers).all(axis=1)]
+    size = max(1, -(-len(numbers) // most))
+    return [tuple(numbers[i : i + size].mean(axis=0).tolist()) for i in range(0, len(numbers), size)]
 
 
-def shape(line: Line, values: Sequence[Point], x: Axis, y: Axis) -> Markup:
-    """A line's path, its bars, dots and words, for the values that are drawn of it."""
-    points = [(x.place(a), y.place(b)) for a, b in values]
-    path, parts = "M" + "L".join(f"{a:.1f} {b:.1f}" for a, b in points), []
-    if line.drawn and len(points) > 1:
-        parts.append(Markup('<path class="line {}" d="{}"/>').format(line.kind, path))
-    for (a, _), (low, high) in zip(points, line.errors, strict=False):
-        bar = f"M{a:.1f} {y.place(low):.1f}V{y.place(high):.1f}"
-        parts.append(Markup('<path class="line bar {}" d="{}"/>').format(line.kind, bar))
-    if line.marks or len(points) == 1:
-        dot = Markup('<circle class="dot {}" cx="{:.1f}" cy="{:.1f}" r="3.5"><title>{}</title></circle>')
-        for (a, b), (value, other) in zip(points, values, strict=True):
-            parts.append(dot.format(line.kind, a, b, f"{line.label}: {number(value)}, {number(other)}"))
-    for (a, b), word in zip(points, line.words, strict=False):
-        side = "start" if a < LEFT + 40 else "end" if a > WIDTH - RIGHT - 40 else "middle"
-        where = (a + 8, b + 5) if side == "start" else (a, b - 9)
-        parts.append(Markup('<text class="word {}" x="{:.1f}" y="{:.1f}">{}</text>').format(side, *where, word))
-    return Markup("").join(parts)
-
-
-def frame(x: Axis, y: Axis, x_label: str, band: Metric | None) -> Markup:
-    """The healthy range as far as it shows, grid, numbers, and the names of the axes."""
-    parts, label = [], Markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>')
-    if band:
-        top, bottom = y.place(min(band.high, y.high)), y.place(max(band.low, y.low))
-        rectangle = Markup('<rect class="band" x="{}" y="{:.1f}" width="{}" height="{:.1f}"/>')
-        parts.append(rectangle.format(LEFT, top, WIDTH - LEFT - RIGHT, max(0.0, bottom - top)))
-    for value in y.ticks():
-        line = f"M{LEFT} {y.place(value):.1f}H{WIDTH - RIGHT}"
-        parts.append(Markup('<path class="grid" d="{}"/>').format(line))
-        parts.append(label.format("end", LEFT - 6, y.place(value) + 4, short(value)))
-    parts += [label.format("middle", x.place(value), HEIGHT - BOTTOM + 16, short(value)) for value in x.ticks()]
-    parts.append(label.format("middle", (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label))
-    return Markup("").join([*parts, label.format("", LEFT, TOP - 7, "log scale") if y.log else ""])
-
-
-def chart(title: str, lines: Sequence[Line], *, x_label: str, band: Metric | None = None, log: bool = False) -> Markup:
-    """An SVG of the lines; where no line has a point, a sentence that says so."""
-    values = [thinned(line.points, max(2, POINTS // len(lines))) for line in lines]
-    if not any(values):
-        return Markup('<p class="quiet">{}: no number yet.</p>').format(title)
+def chart(title: str, lines: Sequence[Line], x_label: str, *, band: Metric = ANY, note: Sequence[object] = ()) -> Block:
+    """A chart of the lines that have a point, and what stands below it."""
+    most = max(2, POINTS // max(1, len(lines)))
+    lines = [replace(line, points=points) for line in lines if (points := thinned(line.points, most))]
+    if not lines:
+        return {"title": title}
     ends = [end for line in lines for pair in line.errors for end in pair if math.isfinite(end)]
-    x = axis([a for part in values for a, _ in part], LEFT, WIDTH - RIGHT)
-    y = axis([b for part in values for _, b in part] + ends, HEIGHT - BOTTOM, TOP, log=log, band=band)
-    about = f"{title}{' on a log scale' if y.log else ''}, against {x_label}" + (f"; healthy: {band}" if band else "")
-    content = [frame(x, y, x_label, band), *(shape(line, part, x, y) for line, part in zip(lines, values, strict=True))]
-    svg = Markup('<svg viewBox="0 0 {} {}" role="img" aria-label="{}"><title>{}</title>{}</svg>')
-    return svg.format(WIDTH, HEIGHT, about, title, Markup("").join(content))
-
-
-def figure(title: str, lines: Sequence[Line], *, note: object = "", **settings: Any) -> dict[str, Any]:
-    """A chart with its heading, its legend, where a colour stands once, and a line about it."""
-    names: dict[str, str] = {}
-    for line in lines:
-        names.setdefault(line.kind, line.label)
-    shared = len(names) < len(lines)  # by several runs, each of which its label names first
-    legend = [(kind, label.rpartition(": ")[2] if shared else label) for kind, label in names.items()]
-    svg = chart(title, lines, **settings)
-    return {"title": title, "legend": legend if len(lines) > 1 else [], "svg": svg, "note": note}
+    x = Axis([a for line in lines for a, _ in line.points], LEFT, RIGHT)
+    y = Axis([b for line in lines for _, b in line.points] + ends, BOTTOM, TOP, band)
+    about = f"{title}{' on a log scale' * y.log}, against {x_label}" + (f"; healthy: {band}" if str(band) else "")
+    shaded = f"M{LEFT} {y.place(band.high)}H{RIGHT}V{y.place(band.low)}H{LEFT}" if str(band) else ""
+    part = {"title": title, "about": about, "shaded": shaded, "x_label": x_label, "note": note}
+    return part | {"x": x, "y": y, "lines": lines}

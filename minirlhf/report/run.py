@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minirlhf.evaluate.trace import FILE as TRACE
 from minirlhf.files import read_json, read_records
-from minirlhf.runs.health import read_hints
+from minirlhf.runs.health import HINTS
 from minirlhf.runtime import require
 
 Row = dict[str, Any]
@@ -28,53 +27,53 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
 class StageRun:
     """One stage's folder.
 
     kind     one of KINDS, or "other"
     setup    run.json: configuration, inputs, models, versions, machine; empty where it is missing
-    rows     of metrics.jsonl;  hints, trace  of the files of these names
+    rows     of metrics.jsonl, and `metrics`, their names in order;  hints, trace  of the files of these names
     seconds  that its steps took, as far as timing.jsonl tells
     """
 
-    name: str
-    kind: str
-    setup: Row
-    rows: list[Row]
-    hints: list[Row]
-    trace: list[Row]
-    seconds: float
-    finished: bool
+    def __init__(self, folder: Path) -> None:
+        self.name = folder.name
+        self.setup = read_json(folder / "run.json")
+        self.rows = read_records(folder / "metrics.jsonl")
+        self.metrics = list(dict.fromkeys(name for row in self.rows for name in row if name != "step"))
+        self.kind = kind_of(self.name, self.metrics)
+        self.hints = read_records(folder / HINTS)
+        self.trace = read_records(folder / TRACE)
+        times = read_records(folder / "timing.jsonl")
+        self.seconds = sum(row["seconds"] for row in times if is_number(row.get("seconds")))
+        self.finished = read_json(folder / "stage.json").get("finished") is True
 
     def points(self, metric: str) -> list[tuple[float, float]]:
         """(step, value) wherever the metric was logged as a finite number."""
         return [(row["step"], row[metric]) for row in self.rows if is_number(row.get(metric)) and "step" in row]
 
-    def metrics(self) -> list[str]:
-        """The names of its numbers, in the order in which they appear."""
-        return [name for name in dict.fromkeys(name for row in self.rows for name in row) if name != "step"]
 
-
-@dataclass(frozen=True)
 class Run:
-    """One run.
+    """One run; UserError where the folder holds none.
 
-    label     what it is called in the report
-    seconds   seconds.json of the demo;  summary, answers  of the evaluation;  calibration  of the reward model
+    label    what it is called in the report; `prefix` stands before the names of its parts, where there are several
+    seconds  seconds.json of the demo;  summary (its `models` by name), answers  of the evaluation
     """
 
-    label: str
-    stages: list[StageRun]
-    seconds: dict[str, float]
-    summary: Row
-    answers: list[Row]
-    calibration: Row
-
-    @property
-    def models(self) -> dict[str, Row]:
-        """The evaluated models by name."""
-        return self.summary.get("models", {})
+    def __init__(self, folder: Path, label: str, prefix: str) -> None:
+        require(folder.is_dir(), f"{folder}: no such folder; give the folder of a run, as runs/tiny")
+        self.label, self.prefix = label, prefix
+        logs = [*folder.glob("*/run.json"), *folder.glob("*/metrics.jsonl")]
+        stages = [StageRun(path) for path in {log.parent for log in logs if log.is_file()}]
+        order = [*KINDS, "other"]
+        self.stages = sorted(stages, key=lambda stage: (order.index(stage.kind), stage.name != stage.kind, stage.name))
+        self.summary = read_json(folder / "summary.json")
+        empty = not stages and not self.summary
+        require(not empty, f"{folder}: holds no stage of a run; give the folder above sft/, reward/, ppo/")
+        self.models: dict[str, Row] = self.summary.get("models", {})
+        self.seconds = read_json(folder / "seconds.json")
+        self.answers = read_records(folder / "answers.jsonl")
+        self.calibration = read_json(folder / "calibration.json")
 
     def of_kind(self, kind: str) -> list[StageRun]:
         """Its stages of a kind, the one with the usual name first."""
@@ -92,39 +91,6 @@ def kind_of(name: str, metrics: Iterable[str]) -> str:
     return next((kind for kind, (_, metric) in reversed(KINDS.items()) if metric in logged), usual)
 
 
-def read_stage(folder: Path) -> StageRun:
-    """A stage, finished or not."""
-    rows = read_records(folder / "metrics.jsonl")
-    return StageRun(
-        name=folder.name,
-        kind=kind_of(folder.name, (name for row in rows for name in row)),
-        setup=read_json(folder / "run.json"),
-        rows=rows,
-        hints=read_hints(folder),
-        trace=read_records(folder / TRACE),
-        seconds=sum(row["seconds"] for row in read_records(folder / "timing.jsonl") if is_number(row.get("seconds"))),
-        finished=read_json(folder / "stage.json").get("finished") is True,
-    )
-
-
-def read_run(folder: Path, label: str) -> Run:
-    """A run; raises UserError where the folder holds none."""
-    require(folder.is_dir(), f"{folder}: no such folder; give the folder of a run, as runs/tiny")
-    parts = [path for path in folder.iterdir() if (path / "run.json").is_file() or (path / "metrics.jsonl").is_file()]
-    stages = [read_stage(path) for path in parts]
-    stages.sort(key=lambda stage: ([*KINDS, "other"].index(stage.kind), stage.name != stage.kind, stage.name))
-    summary = read_json(folder / "summary.json")
-    require(bool(stages or summary), f"{folder}: holds no stage of a run; give the folder above sft/, reward/, ppo/")
-    return Run(
-        label=label,
-        stages=stages,
-        seconds=read_json(folder / "seconds.json"),
-        summary=summary,
-        answers=read_records(folder / "answers.jsonl"),
-        calibration=read_json(folder / "calibration.json"),
-    )
-
-
 def read_runs(folders: Sequence[Path]) -> list[Run]:
     """Several runs, each called by the end of its path that tells it from the others."""
     whole = [folder.resolve() for folder in folders]
@@ -132,16 +98,12 @@ def read_runs(folders: Sequence[Path]) -> list[Run]:
     depth = 1
     while len({path.parts[-depth:] for path in whole}) < len(whole):
         depth += 1
-    return [read_run(folder, "/".join(path.parts[-depth:])) for folder, path in zip(folders, whole, strict=True)]
-
-
-def called(runs: Sequence[Run], run: Run, name: str, between: str = ": ") -> str:
-    """A name within a run, with the run's label before it where there are several."""
-    return name if len(runs) == 1 else f"{run.label}{between}{name}"
+    labels = ["/".join(path.parts[-depth:]) for path in whole]
+    return [Run(f, label, f"{label}: " if len(whole) > 1 else "") for f, label in zip(folders, labels, strict=True)]
 
 
 def labelled(runs: Sequence[Run], kind: str) -> list[tuple[str, Run, StageRun]]:
     """The stages of a kind, each with the shortest name that tells it from the others."""
-    one_each = all(len(run.of_kind(kind)) < 2 for run in runs)
-    label = (lambda run, stage: run.label) if one_each and len(runs) > 1 else lambda r, s: called(runs, r, s.name, "/")
-    return [(label(run, stage), run, stage) for run in runs for stage in run.of_kind(kind)]
+    one_each = len(runs) > 1 and all(len(run.of_kind(kind)) < 2 for run in runs)
+    stages = [(run, stage) for run in runs for stage in run.of_kind(kind)]
+    return [(run.label if one_each else run.prefix + stage.name, run, stage) for run, stage in stages]
