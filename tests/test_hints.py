@@ -206,6 +206,12 @@ def test_an_iteration_without_a_number_is_passed_over(tmp_path: Path) -> None:
     assert hints("dpo", gaps, tmp_path) == [(39, "both-fall")] and set(names) <= rows[0].keys()
 
 
+def test_the_newest_iteration_alone_says_that_the_ratio_is_off(tmp_path: Path) -> None:
+    rows = healthy("ppo")
+    rows[7]["first_ratio_deviation"] = 1.5e-4  # with the one before it the mean is below the limit, 1e-4
+    assert hints("ppo", rows, tmp_path) == [(7, "first-ratio")]
+
+
 def test_without_a_target_no_kl_is_beyond_it(tmp_path: Path) -> None:
     rows = [{**row, "kl": 50.0} for row in healthy("ppo")]
     assert hints("ppo", rows, tmp_path, kl_target=None) == []

@@ -327,6 +327,10 @@ def test_most_rows_decide_what_a_file_is(tmp_path: Path) -> None:
     found = data.read(tmp_path / "a")
     assert (found.kind, len(found.records), len(found.bad)) == ("demonstrations", 3, 1)
     assert str(found.bad[0]).startswith(f"{tmp_path / 'a'}:1: no field 'response or ")
+    (tmp_path / "b").write_text(jsonl(*(pair("p:", f" {i}", " b") for i in range(3)), demonstration("p:", " c")))
+    found = data.read(tmp_path / "b")
+    assert (found.kind, len(found.records)) == ("pairs", 3)
+    assert [str(bad) for bad in found.bad] == [f"{tmp_path / 'b'}:4: no field 'chosen' in this record"]
 
 
 def test_columns_give_fields_their_names(tmp_path: Path) -> None:
