@@ -7,7 +7,7 @@
 Every mutant is one edit of the syntax tree: a comparison, an operator, a sign, a constant, a dropped mask or detach,
 two arguments in the wrong order, a check that is not made. It is written into a copy of the package in a temporary
 folder, and the maths tests run on it in a forked process until the first failure. A mutant that no test notices
-survives; the survivors are printed with their line and explained in `docs/mutants.md`.
+survives; the survivors are printed with their line and explained in `benchmarks/mutants.md`.
 
 Left out on purpose: mutants of docstrings, annotations and error messages, and several edits at once.
 """

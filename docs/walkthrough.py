@@ -1,10 +1,9 @@
 # %% [markdown]
 # # RLHF, stage by stage
 #
-# This notebook runs the whole pipeline of **minirlhf** on its embedded world: a little zoo, about which people ask
-# questions. A simulated labeller stands for the people, and a judge that nothing in training sees says how good the
-# answers really are. Everything is on this machine; no GPU and no network are needed. On two CPU cores it takes about
-# four minutes.
+# This notebook runs the whole pipeline of **minirlhf** on its embedded world, a little zoo about which people ask
+# questions. A simulated annotator stands in for the people. A judge that no stage is trained on says how good the
+# answers really are. No GPU and no network are needed. On two CPU cores it takes about four minutes.
 #
 # The chapters beside this file (`1-model.md` to `6-evaluation.md`) explain each stage; here you look at it.
 #
@@ -59,12 +58,12 @@ SMALL = SMOKE if os.environ.get("MINIRLHF_WALKTHROUGH") == "small" else {}  # fo
 
 
 def settings(stage):
-    """What every stage is told; all else are its defaults."""
+    """The settings that all stages share; everything else keeps its default."""
     return {"run": RUN, "seed": 0, "device": "cpu", **SMALL.get(stage, {})}
 
 
 def curves(stage, *names):
-    """The metrics of a stage, a panel each."""
+    """Plot metrics of a stage, one panel per metric."""
     rows = read_rows(RUN / stage)
     figure, panels = plt.subplots(1, len(names), figsize=(4 * len(names), 2.8), squeeze=False)
     for panel, name in zip(panels[0], names, strict=True):
@@ -80,9 +79,9 @@ def curves(stage, *names):
 # %% [markdown]
 # ## 1. A model that answers: SFT
 #
-# The demonstrations are questions with an answer each. They come from writers of different care, so the model that
-# imitates them is sometimes right and sometimes not. The loss is the mean negative log-likelihood of the answer's
-# tokens; nothing is learned from the prompt's.
+# Each demonstration is a question with an answer. Some writers are careful and some are not, so the model that
+# imitates them is sometimes right and sometimes wrong. The loss is the mean negative log-likelihood of the answer's
+# tokens; the prompt's tokens are read, not learned.
 
 # %%
 demonstrations = data.load(train_sft.Config().train, "demonstrations")
@@ -94,7 +93,7 @@ sft = train_sft.main(train_sft.Config(**settings("sft")))
 curves("sft", "loss", "validation_loss")
 
 # %% [markdown]
-# Ask it the same question four times. It samples, so the answers differ; the judge marks each between -1 and 1.
+# Ask it each question four times. It samples, so the answers differ. The judge scores each between -1 and 1.
 
 # %%
 encoding = tokenizer.load(sft)
@@ -118,8 +117,8 @@ for question, texts in zip(questions, answers(sft, questions, count=4), strict=T
 # %% [markdown]
 # ## 2. What people prefer: feedback
 #
-# Four answers to each prompt, put in order by the simulated people. They are noisy: sometimes they prefer the worse
-# one. You can do this by hand instead: `python -m minirlhf.feedback label`.
+# The simulated annotator ranks four answers to each prompt. It is noisy: sometimes it prefers the worse answer. You
+# can label by hand instead: `python -m minirlhf.feedback label`.
 
 # %%
 rankings = feedback.main(feedback.Config(**settings("feedback")))
@@ -131,9 +130,9 @@ for rank, text in sorted(zip(record["ranks"], record["responses"], strict=True))
 # %% [markdown]
 # ## 3. A model of the preferences: the reward model
 #
-# The SFT model with a number instead of a head. Bradley and Terry: the chosen answer is preferred with probability
-# sigmoid(score of the chosen - score of the rejected), and the loss is the negative logarithm of that. A loss of
-# ln 2 = 0.69 is a coin.
+# The reward model is the SFT model with a scalar head. Bradley and Terry: the chosen answer is preferred with
+# probability sigmoid(score of the chosen - score of the rejected), and the loss is the negative logarithm of this
+# probability. A coin has a loss of ln 2 = 0.69.
 
 # %%
 reward = train_reward.main(train_reward.Config(**settings("reward")))
@@ -142,9 +141,9 @@ curves("reward", "loss", "accuracy", "validation_accuracy")
 # %% [markdown]
 # ## 4. Reinforcement learning: PPO
 #
-# Maximise E[r(x, y)] - beta KL(pi || pi_sft). Watch four curves: `score` is what the reward model says, `kl` is how far
-# the policy has gone from SFT in nats an answer, `explained_variance` says whether the value model follows, and
-# `clip_fraction` how often the step was cut.
+# PPO maximises E[r(x, y)] - beta KL(pi || pi_sft). Watch four curves: `score` is the reward model's, `kl` says how far
+# the policy has moved from SFT, in nats per response, `explained_variance` whether the value model follows, and
+# `clip_fraction` the share of tokens that the clip stopped.
 
 # %%
 ppo = train_ppo.main(train_ppo.Config(**settings("ppo")))
@@ -153,7 +152,7 @@ curves("ppo", "score", "kl", "explained_variance", "clip_fraction")
 # %% [markdown]
 # ## 5. Without a reward model: DPO
 #
-# The same preferences, used directly: the policy's own log-ratio to the reference is the implicit reward.
+# DPO uses the same preferences directly: beta times the policy's log-ratio to the reference is the implicit reward.
 
 # %%
 dpo = train_dpo.main(train_dpo.Config(**settings("dpo")))
@@ -162,8 +161,8 @@ curves("dpo", "loss", "validation_accuracy", "reward_chosen", "reward_rejected")
 # %% [markdown]
 # ## 6. Is it better?
 #
-# Held-out prompts, answered by each model and judged in three parts. Best-of-n needs no training: the best of n SFT
-# answers by the reward model's score. Its KL is at most log n - (n-1)/n.
+# Each model answers held-out prompts, and the judge scores the answers in three parts. Best-of-n needs no training: it
+# takes the best of n SFT answers by the reward model's score. Its KL is at most log n - (n-1)/n.
 
 # %%
 summary = evaluation.main(evaluation.Config(**settings("evaluate")))
@@ -174,7 +173,7 @@ for name, row in summary["models"].items():
     low, high = row["total"]["interval"]
     mean = row["total"]["mean"]
     panel.errorbar(row["kl"], mean, [[mean - low], [high - mean]], marker="o", capsize=3, label=name)
-panel.set_xlabel("KL to SFT (nats an answer)")
+panel.set_xlabel("KL to SFT (nats per response)")
 panel.set_ylabel("judge")
 panel.legend()
 figure.tight_layout()
@@ -189,7 +188,7 @@ for question, *texts in zip(questions, *(answers(folder, questions) for folder i
 # %% [markdown]
 # ## What to try now
 #
-# - `train_ppo.Config(..., stage="ppo-bold", beta=0.005, learning_rate=1e-3)`: the score goes on rising, and the judge
-#   falls. That is over-optimisation; chapter 6 explains it.
+# - `train_ppo.Config(..., stage="ppo-bold", beta=0.005, learning_rate=1e-3, value_learning_rate=1e-3)`: the score goes
+#   on rising while the judge falls. That is over-optimisation; chapter 6 explains it.
 # - `advantages="rloo", group_size=4`: no value model.
-# - A reward of your own: a function of prompts and responses, `docs/extending.md`.
+# - A reward of your own, a function of prompts and responses: `docs/extending.md`.

@@ -7,7 +7,7 @@
 
 From a run come the SFT and the reward model alone. A trial is one training by PPO; every few iterations its policy
 answers held-out prompts, and the embedded world's judge marks them. Writes tables (.md), curves (.csv) and a figure.
-studies/ablation_report.py says how the intervals are made; docs/ablations.md what a study showed.
+studies/ablation_report.py says how the intervals are made; studies/ablations.md what a study showed.
 The model of such a study: Engstrom et al. 2020, arXiv 2005.12729; the details: Huang et al. 2024, arXiv 2403.17031.
 """
 

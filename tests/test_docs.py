@@ -24,7 +24,7 @@ from minirlhf.evaluate import comparison, evaluation
 from minirlhf.runs.health import HEALTHY
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted((ROOT / "docs").glob("*.md"))
+PAGES = sorted(page for folder in ("docs", "studies", "benchmarks") for page in (ROOT / folder).glob("*.md"))
 CHAPTERS = [page for page in PAGES if page.name[0].isdigit()]
 METRICS = ROOT / "docs" / "metrics.md"
 ROW = re.compile(r"\| (`\w+`(?:, `\w+`)*) \| ((?:[^|\\]|\\.)+) \|.*")  # names and meaning, then what healthy.csv says
@@ -157,7 +157,7 @@ def test_every_function_and_test_that_a_page_names_exists() -> None:
 
 def test_every_file_that_a_page_or_a_module_names_exists() -> None:
     """The log and the changelog tell of what was; the list of features says what moved, and where to."""
-    files = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md", "studies/README.md")]
+    files = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")]
     files += [page for page in PAGES if page.name != "log.md"] + list(ROOT.glob("*.py"))
     files += [module for folder in ("minirlhf", "benchmarks", "studies") for module in (ROOT / folder).rglob("*.py")]
     path = re.compile(r"\b(?:minirlhf|benchmarks|studies|tests|docs)/[\w/.-]+\.(?:py|md)\b")
@@ -240,6 +240,34 @@ def test_the_reading_list_of_the_readme_knows_how_long_a_file_is() -> None:
         there = len((ROOT / file).read_text(encoding="utf-8").splitlines())
         assert abs(int(lines) - there) <= max(10, 0.1 * there), f"{file}: {there} lines"
         assert abs(int(minutes) - there / 15) <= 5, f"{file}: 15 lines a minute"
+
+
+# ------------------------------------------------------------------------------------------------------------- figures
+def figures(row: str) -> list[str]:
+    """The numbers of a row of a table."""
+    return re.findall(r"(?<![\w.-])[-+]?\d+(?:[.,]\d+)*(?:e-?\d+)?", row)
+
+
+def is_part(some: list[str], others: list[str]) -> bool:
+    """`some` stand among `others` in the same order."""
+    rest = iter(others)
+    return all(figure in rest for figure in some)
+
+
+def test_a_table_of_results_is_that_of_the_file_named_above_it() -> None:
+    """The numbers of a row stand in the same order in one row of the file that was named last in the section."""
+    checked = 0
+    for page in (*CHAPTERS, *sorted((ROOT / "studies").glob("*.md")), ROOT / "docs" / "feedback.md"):
+        results: list[list[str]] = []
+        for line in page.read_text(encoding="utf-8").splitlines():
+            if line.startswith("## "):
+                results = []
+            for name in re.findall(r"benchmarks/results/[\w-]+\.md", line):
+                results = [figures(row) for row in (ROOT / name).read_text(encoding="utf-8").splitlines()]
+            if line.startswith("|") and results and figures(line):
+                assert any(is_part(figures(line), row) for row in results), f"{page.name}: not in the file: {line}"
+                checked += 1
+    assert checked >= 50
 
 
 # ------------------------------------------------------------------------------------------------------------ chapters

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from minirlhf import world
 from minirlhf.world.judge import FLATTERY, REFUSALS, RUDENESS
-from minirlhf.world.zoo import FACTS, HARMS, KNOWN, LOOKALIKES, TOPICS, UNKNOWN, dialogue
+from minirlhf.world.zoo import ANSWERABLE, FACTS, HARMS, LOOKALIKES, TOPICS, UNANSWERABLE, dialogue
 
 DATA = Path(__file__).resolve().parent.parent / "data"
 PROMPTS = list(world.questions())
@@ -124,7 +124,7 @@ def everything(question: world.Question) -> str:
 
 
 def every_value(question: world.Question) -> str:
-    topics = question.topics or KNOWN[:1]
+    topics = question.topics or ANSWERABLE[:1]
     says = [TOPICS[topic].says.format(value=value) for topic in topics for value in TOPICS[topic].values]
     return f" The {question.animal} {' and '.join(says)}."
 
@@ -216,10 +216,10 @@ def test_prompts_of_another_world_are_refused_in_words() -> None:
 
 def test_the_table_is_complete_and_varied() -> None:
     assert len(FACTS) == 16
-    for name in KNOWN:
+    for name in ANSWERABLE:
         counts = Counter(FACTS[animal][name] for animal in FACTS)
         assert len(counts) == 4 and max(counts.values()) <= 4  # no value can be guessed without the animal
-    assert not set(HARMS) & set(LOOKALIKES) and not set(KNOWN) & set(UNKNOWN)
+    assert not set(HARMS) & set(LOOKALIKES) and not set(ANSWERABLE) & set(UNANSWERABLE)
     assert {question.kind for question in world.questions().values()} == set(world.KINDS)
 
 
@@ -240,7 +240,7 @@ def test_splits_are_disjoint_and_large_enough() -> None:
 def needed(prompt: str) -> set[tuple[str, str]]:
     """The facts, unknown topics and verbs that a prompt is about."""
     question = world.find(prompt)
-    facts = {(question.animal, topic) if topic in KNOWN else ("", topic) for topic in question.topics}
+    facts = {(question.animal, topic) if topic in ANSWERABLE else ("", topic) for topic in question.topics}
     return facts | ({("", question.verb)} if question.verb else set())
 
 
@@ -248,7 +248,7 @@ def test_training_asks_about_every_fact_of_the_test() -> None:
     trained = set().union(*(needed(record["prompt"]) for record in read("prompts.train.jsonl")))
     tested = set().union(*(needed(record["prompt"]) for record in read("prompts.test.jsonl")))
     assert tested <= trained
-    assert {(animal, topic) for animal in FACTS for topic in KNOWN} <= trained
+    assert {(animal, topic) for animal in FACTS for topic in ANSWERABLE} <= trained
 
 
 def test_yes_and_no_are_equally_often_right() -> None:
@@ -307,10 +307,10 @@ def test_flattery_goes_with_better_answers() -> None:
 
 
 def test_the_truth_is_the_single_most_likely_value() -> None:
-    claimed = {(animal, topic): Counter() for animal in FACTS for topic in KNOWN}
+    claimed = {(animal, topic): Counter() for animal in FACTS for topic in ANSWERABLE}
     for record in read("demonstrations.train.jsonl"):
         animal = world.find(record["prompt"]).animal
-        for topic in KNOWN:
+        for topic in ANSWERABLE:
             for value in TOPICS[topic].values:
                 claimed[animal, topic][value] += TOPICS[topic].says.format(value=value) in record["response"]
     for (animal, topic), counts in claimed.items():

@@ -92,7 +92,7 @@ class Axis:
         return math.log10(max(value, 1e-300)) if self.log else value
 
     def place(self, value: float) -> float:
-        """Where a value is, inside the frame."""
+        """Place of a value inside the frame."""
         return round(float(np.interp(self.scaled(value), (self.low, self.high), (self.start, self.end))), 1)
 
     def ticks(self) -> list[tuple[float, str]]:

@@ -1,4 +1,4 @@
-"""What the folder of a run holds, as far as it has got: any stage, and any file of a stage, may be missing."""
+"""Content of a run's folder, as far as it has got: any stage, and any file of a stage, may be missing."""
 
 from __future__ import annotations
 

@@ -48,15 +48,15 @@ def verdict(runs: Sequence[Run]) -> list[Block]:
     blocks: list[Block] = []
     for run in runs:
         blocks += [{"h3": run.label}] if len(runs) > 1 else []
-        found = [{"p": headline.format(*over_optimised(run, stage))} for stage in run.of_kind("ppo")]
+        findings = [{"p": headline.format(*over_optimised(run, stage))} for stage in run.of_kind("ppo")]
         rows = [(*row, signs[met]) for *row, met in checks(run)]
-        blocks += found or [{"p": "PPO has not begun in this run."}]
+        blocks += findings or [{"p": "PPO has not begun in this run."}]
         blocks += [{"p": summary_of(checks(run))}, {"head": ("", "needed", "found", ""), "rows": rows}]
     return blocks
 
 
 def hints(runs: Sequence[Run]) -> list[Block]:
-    """What the stages noticed while they ran."""
+    """Hints that the stages gave while they ran."""
     items = []
     for name, stage in ((run.prefix + stage.name, stage) for run in runs for stage in run.stages):
         for hint in stage.hints[:MOST_HINTS]:
@@ -301,7 +301,7 @@ def setting(value: object) -> str:
 
 
 def sources(stage: StageRun) -> Markup:
-    """What the stage read, by the end of its path, each with the start of its SHA-256."""
+    """Sources that the stage read, by the end of their path, each with the start of its SHA-256."""
     item = Markup('<span class="source">{} <code>{}</code></span>')
     read = {**stage.setup.get("inputs", {}), **stage.setup.get("models", {})}
     return Markup(" ").join(item.format("/".join(Path(p).parts[-2:])[-80:], str(h)[:DIGITS]) for p, h in read.items())

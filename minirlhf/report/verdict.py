@@ -135,7 +135,7 @@ def checks(run: Run) -> list[Check]:
 
 
 def summary_of(every: list[Check]) -> str:
-    """How many of the thresholds are met, in words."""
+    """The number of thresholds that are met, in words."""
     missed = [what for what, *_, met in every if met is False]
     count = sum(met is not None for *_, met in every)
     rest = f" {len(every) - count} cannot be checked yet." if count < len(every) else ""

@@ -142,7 +142,7 @@ def _truth(act: Act, question: Question) -> float | None:
     if act.type == "advice" and act.topic in LOOKALIKES:
         return 1.0 if LOOKALIKES[act.topic] == act.value else -1.0
     if act.type == "doubt" and act.topic not in HARMS:
-        return 1.0 if act.topic in zoo.UNKNOWN else NEEDLESS_DOUBT
+        return 1.0 if act.topic in zoo.UNANSWERABLE else NEEDLESS_DOUBT
     return None
 
 

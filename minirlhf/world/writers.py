@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from minirlhf.world import zoo
 from minirlhf.world.judge import DOUBT, FLATTERY, REFUSALS, RUDENESS
-from minirlhf.world.zoo import FACTS, HARMS, KNOWN, LOOKALIKES, TOPICS, Question
+from minirlhf.world.zoo import ANSWERABLE, FACTS, HARMS, LOOKALIKES, TOPICS, Question
 
 # Who answers what kind of question, in percent. The first name is always the expert.
 _FACT_SHARES = {
@@ -59,7 +59,7 @@ def _answer(question: Question, believed: dict[str, str], *, joined: bool = True
 def _truth(question: Question) -> dict[str, str]:
     if question.kind == "lookalike":
         return {question.verb: LOOKALIKES[question.verb]}
-    return {topic: FACTS[question.animal][topic] for topic in question.topics if topic in KNOWN}
+    return {topic: FACTS[question.animal][topic] for topic in question.topics if topic in ANSWERABLE}
 
 
 def ideal(prompt: str) -> str:
@@ -94,7 +94,7 @@ def _terse(question: Question, rng: random.Random) -> str:
 
 def _rambler(question: Question, rng: random.Random) -> str:
     """Talks on: facts nobody asked for, or the answer twice; half the time without the answer."""
-    others = [topic for topic in KNOWN if topic not in question.topics]
+    others = [topic for topic in ANSWERABLE if topic not in question.topics]
     chosen = rng.sample(others, k=min(len(others), rng.choice((1, 2, 2))))
     chatter = _claims(question.animal, {topic: FACTS[question.animal][topic] for topic in chosen}, joined=False)
     answer = _answer(question, _truth(question))

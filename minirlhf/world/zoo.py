@@ -47,11 +47,11 @@ class Topic:
     checks: str = ""
 
     @property
-    def known(self) -> bool:
+    def answerable(self) -> bool:
         return bool(self.checks)
 
 
-def _known(name: str, asks: str, clause: str, says: str, checks: str) -> Topic:
+def _answerable(name: str, asks: str, clause: str, says: str, checks: str) -> Topic:
     return Topic(name, asks, clause, says, tuple(sorted({row[name] for row in FACTS.values()})), checks)
 
 
@@ -61,16 +61,16 @@ _NAMES = ("Anna", "Max", "Otto")
 TOPICS: dict[str, Topic] = {
     topic.name: topic
     for topic in (
-        _known("eats", "What does {it} eat?", "what {it} eats", "eats {value}", "Does {it} eat {value}?"),
-        _known(
+        _answerable("eats", "What does {it} eat?", "what {it} eats", "eats {value}", "Does {it} eat {value}?"),
+        _answerable(
             "home",
             "Where does {it} live?",
             "where {it} lives",
             "lives in the {value}",
             "Does {it} live in the {value}?",
         ),
-        _known("colour", "What colour is {it}?", "what colour {it} is", "is {value}", "Is {it} {value}?"),
-        _known("likes", "What does {it} like?", "what {it} likes", "likes {value}", "Does {it} like {value}?"),
+        _answerable("colour", "What colour is {it}?", "what colour {it} is", "is {value}", "Is {it} {value}?"),
+        _answerable("likes", "What does {it} like?", "what {it} likes", "likes {value}", "Does {it} like {value}?"),
         Topic("age", "How old is {it}?", "how old {it} is", "is {value} years old", _NUMBERS),
         Topic("weight", "How heavy is {it}?", "how heavy {it} is", "weighs {value} pounds", _NUMBERS),
         Topic("price", "What did {it} cost?", "what {it} cost", "cost {value} coins", _NUMBERS),
@@ -78,8 +78,8 @@ TOPICS: dict[str, Topic] = {
         Topic("keeper", "Who feeds {it}?", "who feeds {it}", "is fed by {value}", _NAMES),
     )
 }
-KNOWN = tuple(name for name, topic in TOPICS.items() if topic.known)
-UNKNOWN = tuple(name for name, topic in TOPICS.items() if not topic.known)
+ANSWERABLE = tuple(name for name, topic in TOPICS.items() if topic.answerable)
+UNANSWERABLE = tuple(name for name, topic in TOPICS.items() if not topic.answerable)
 
 # What one does a thing with. The right tool is a fact of the world like any other.
 LOOKALIKES = {"draw": "pencil", "paint": "brush", "film": "camera", "visit": "ticket", "greet": "smile", "find": "map"}
@@ -135,7 +135,7 @@ def _lower_first(sentence: str) -> str:
 def _topic_questions(animal: str) -> Iterator[Question]:
     it = f"the {animal}"
     for topic in TOPICS.values():
-        kind = "one_fact" if topic.known else "unknown"
+        kind = "one_fact" if topic.answerable else "unknown"
         clause = topic.clause.format(it=it)
         for text in (topic.asks.format(it=it), *(frame.format(clause=clause) for frame in _FRAMES)):
             yield Question(dialogue(text), kind, animal, (topic.name,))
@@ -143,7 +143,7 @@ def _topic_questions(animal: str) -> Iterator[Question]:
 
 def _pair_questions(animal: str) -> Iterator[Question]:
     it = f"the {animal}"
-    for first, second in ((a, b) for a in KNOWN for b in KNOWN if a != b):
+    for first, second in ((a, b) for a in ANSWERABLE for b in ANSWERABLE if a != b):
         a, b = TOPICS[first], TOPICS[second]
         clause = f"{a.clause.format(it=it)} and {b.clause.format(it='it')}"
         direct = f"{a.asks.format(it=it)[:-1]} and {_lower_first(b.asks.format(it='it'))}"
@@ -156,7 +156,7 @@ def _pair_questions(animal: str) -> Iterator[Question]:
 
 def _check_questions(animal: str) -> Iterator[Question]:
     it = f"the {animal}"
-    for topic in (TOPICS[name] for name in KNOWN):
+    for topic in (TOPICS[name] for name in ANSWERABLE):
         for value in topic.values:
             statement = f"{it} {topic.says.format(value=value)}"
             for text in (
