@@ -11,7 +11,8 @@ noted. Started again, `record` goes on where it stopped.
 
 `retry` looks for the old text in all code of the present tree, whatever the file and the indentation, puts the new text
 there, and runs the recorded test, found by its name. Where that test is gone or passes, test files by name are run.
-Where the text has vanished, `--successors FILE` gives the like mutant in the code that took its place, by its number.
+Where the text has vanished, `--successors FILE` gives the like mutant in the code that took its place, by its number:
+`old` and `new`, and `tests` to begin with where no file of tests has the module's name.
 A test that fails on the unchanged tree kills nothing.
 """
 
@@ -180,7 +181,8 @@ def try_all(
                     target, lines = folder / path.relative_to(ROOT), path.read_text("utf-8").splitlines(keepends=True)
                     lines[at] = lines[at][: len(lines[at]) - len(lines[at].lstrip())] + line + "\n"
                     target.write_text("".join(lines), encoding="utf-8")
-                    mutant["killed_by"] = killer(folder, [*first_tests[mutant["number"]], *likely(path)], broken)
+                    groups = [successor.get("tests", []), *first_tests[mutant["number"]], *likely(path)]
+                    mutant["killed_by"] = killer(folder, groups, broken)
                     shutil.copy2(path, target)  # with its time, so that its bytecode is valid again
                 print(f"{mutant['number']:3}  {mutant['killed_by']}", flush=True)
                 write()

@@ -151,7 +151,7 @@ def read_environment(config: SamplingConfig, sources: Sources) -> Environment:
     encoding = tokenizer.load(sources.policy)
     for source, shape in shapes.items():
         tokenizer.check_fits(encoding, shape.vocab_size, source)
-        same = source == sources.policy or tokenizer.same_ids(tokenizer.load(source), encoding)
+        same = not tokenizer.in_folder(source) or tokenizer.same_ids(tokenizer.load(source), encoding)
         require(same, f"{source}: has other token ids than {sources.policy}; give models with one tokenizer")
     room = min(shape.n_positions for shape in shapes.values()) - config.max_new_tokens
     require(room > 0, f"--max-new-tokens {config.max_new_tokens}: the model's context leaves no room for a prompt")

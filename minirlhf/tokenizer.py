@@ -127,6 +127,11 @@ def check_fits(encoding: tiktoken.Encoding, vocab_size: int, where: str | Path) 
     require(encoding.n_vocab == vocab_size, f"{where}: {both}; {advice}", TokenizerError)
 
 
+def in_folder(folder: Path) -> bool:
+    """True where a folder has the two files of a tokenizer; a model may be saved without them."""
+    return any(all((folder / name).is_file() for name in names) for names in FILE_NAMES)
+
+
 def same_ids(one: tiktoken.Encoding, other: tiktoken.Encoding) -> bool:
     """True where two tokenizers give the same ids to everything."""
     if one.n_vocab != other.n_vocab:

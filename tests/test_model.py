@@ -143,7 +143,7 @@ def test_a_cache_has_its_own_lengths_and_takes_one_token_after_the_prompt() -> N
     cache.widen()
     gpt.hidden(random_tokens(2, 1), cache)
     assert lengths.tolist() == [2, 3] and cache.lengths.tolist() == [3, 4]
-    with pytest.raises(ValueError, match="one token a row"):
+    with pytest.raises(ValueError, match="one token per row"):
         gpt.hidden(random_tokens(2, 2), cache)
 
 
