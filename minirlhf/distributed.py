@@ -10,7 +10,7 @@ share of the rows through the model and divides its losses by the tokens of the 
 Gradients are therefore added up, never averaged. DistributedDataParallel averages: each process would have to multiply
 its loss by their number first, and one without rows would still have to run a forward and a backward.
 There is one primitive, the sum (or maximum) over all processes. Alone a process is its own sum: nothing is started,
-copied or sent. Left out: sharded weights and optimizer states (docs/scaling.md), and a sum that overlaps the backward.
+copied or sent. Left out: sharded weights and optimizer states (docs/using.md), and a sum that overlaps the backward.
 """
 
 from __future__ import annotations

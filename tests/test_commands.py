@@ -34,6 +34,7 @@ from minirlhf.files import write_records
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted(p for p in (ROOT / "docs").glob("*.md") if p.name != "log.md")]
+PAGES += [ROOT / "CONTRIBUTING.md"]
 PAGES += [page for folder in ("studies", "benchmarks") for page in sorted((ROOT / folder).glob("*.md"))]
 PROGRAMS = ("python", "python3", "torchrun", "make", ".venv/bin/python", ".venv/bin/pip")
 # Settings that make a run long, and what they are here; those that a command gives keep its value.

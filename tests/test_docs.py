@@ -1,37 +1,77 @@
-"""The pages in docs/: every name on them exists, every logged number is explained, and their Python runs."""
+"""The pages in docs/: every name on them exists, every logged number is explained, and their Python runs.
+
+`python tests/test_docs.py --write` copies the ranges and advice of healthy.csv into the tables of docs/metrics.md.
+"""
 
 from __future__ import annotations
 
 import ast
+import csv
 import functools
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
+import test_imports
 import tiny
 
 import train_dpo
 from minirlhf import online_dpo
 from minirlhf.data import readers
 from minirlhf.evaluate import comparison, evaluation
+from minirlhf.runs.health import HEALTHY
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(page for folder in ("docs", "studies", "benchmarks") for page in (ROOT / folder).glob("*.md"))
 CHAPTERS = [page for page in PAGES if page.name[0].isdigit()]
-GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
+METRICS = ROOT / "docs" / "metrics.md"
+ROW = re.compile(r"\| (`\w+`(?:, `\w+`)*) \| ((?:[^|\\]|\\.)+) \|.*")  # names and meaning, then what healthy.csv says
 
 
-# ------------------------------------------------------------------------------------------------------------ glossary
-def explained() -> dict[str, set[str]]:
-    """The names in the glossary, by the file that its heading gives."""
-    found: dict[str, set[str]] = {}
-    for section in GLOSSARY.split("\n## ")[1:]:
+# ------------------------------------------------------------------------------------------------------ logged numbers
+def files_of(heading: str) -> tuple[str, ...]:
+    """The files that a heading of the page names."""
+    return tuple(re.findall(r"`([\w/.-]+\.jsonl?)`", heading))
+
+
+def explained() -> dict[tuple[str, ...], set[str]]:
+    """The names on the page of metrics, by the files that the heading above them names."""
+    found: dict[tuple[str, ...], set[str]] = {}
+    for section in METRICS.read_text(encoding="utf-8").split("\n## ")[1:]:
         heading, *lines = section.splitlines()
-        names = [match[1] for line in lines if (match := re.match(r"\| `(\w+)` \|", line))]
+        names = [name for line in lines if (row := ROW.fullmatch(line)) for name in re.findall(r"\w+", row[1])]
         assert len(set(names)) == len(names), f"a name twice under {heading}"
-        found[re.search(r"`(.+)`", heading)[1]] = set(names)
+        if files := files_of(heading):
+            found[files] = set(names)
     return found
+
+
+def kind_of(files: tuple[str, ...]) -> str:
+    """The name that healthy.csv has for what is logged in these files."""
+    return re.split(r"[./]", "".join(files[:1]))[0]
+
+
+def with_ranges(page: str) -> str:
+    """The page with the ranges and the advice of healthy.csv in its tables; advice given above in a table is named."""
+    kind, above, columns, lines = "", {}, 0, []
+    for line in page.splitlines():
+        if line.startswith("## "):
+            kind, above = kind_of(files_of(line)), {}
+        if line.startswith("| name |"):
+            columns = line.count("|") - 1
+        if row := ROW.fullmatch(line):
+            names = re.findall(r"\w+", row[1])
+            found = [HEALTHY[kind, name] for name in names if (kind, name) in HEALTHY]
+            healthy = {(f"**{metric}**" if str(metric) else "", metric.advice) for metric in found}
+            assert len(healthy) <= 1, f"{row[1]}: a row each, they differ in range or advice"
+            ((bold, advice),) = healthy or {("", "")}
+            cells = [row[1], row[2], bold, f"as `{above[advice]}`" if advice in above else advice]
+            above |= {advice: above.get(advice, names[0])} if advice else {}
+            line = f"| {' | '.join(cells[: max(columns, 2)])}".rstrip(" |") + " |"
+        lines.append(line)
+    return "\n".join(lines) + "\n"
 
 
 def logged(file: Path) -> set[str]:
@@ -56,7 +96,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def numbers(run: Path) -> dict[str, set[str]]:
-    """The names of all numbers that a run's files hold, by file, as the glossary has them."""
+    """The names of all numbers that a run's files hold, by file, as the page of metrics has them."""
     rows = {stage: logged(run / stage / "metrics.jsonl") for stage in ("sft", "feedback", "reward", "ppo", "dpo")}
     rows["ppo"] |= logged(run / "ppo-more" / "metrics.jsonl")
     found = {f"{stage}/metrics.jsonl": names - {"step"} for stage, names in rows.items()}
@@ -72,12 +112,20 @@ def numbers(run: Path) -> dict[str, set[str]]:
     return found
 
 
-def test_the_glossary_explains_what_is_logged_and_nothing_else(run: Path) -> None:
+def test_the_page_of_metrics_explains_what_is_logged_and_nothing_else(run: Path) -> None:
     there = numbers(run)
-    for file, names in explained().items():
-        assert there[file] - names == set(), f"{file}: logged and not explained"
-        assert names - there[file] == set(), f"{file}: explained and not logged"
-    assert explained().keys() == there.keys()
+    for files, names in explained().items():
+        logged_there = set.union(*(there.pop(file) for file in files))
+        assert logged_there - names == set(), f"{files}: logged and not explained"
+        assert names - logged_there == set(), f"{files}: explained and not logged"
+    assert not there
+
+
+def test_ranges_and_advice_are_those_of_the_table() -> None:
+    page = METRICS.read_text(encoding="utf-8")
+    assert page == with_ranges(page), "python tests/test_docs.py --write"
+    places = {(kind_of(files), name) for files, names in explained().items() for name in names}
+    assert {place for place, metric in HEALTHY.items() if str(metric)} <= places
 
 
 # --------------------------------------------------------------------------------------------------------------- names
@@ -109,7 +157,7 @@ def test_every_function_and_test_that_a_page_names_exists() -> None:
 
 def test_every_file_that_a_page_or_a_module_names_exists() -> None:
     """The log and the changelog tell of what was; the list of features says what moved, and where to."""
-    files = [ROOT / name for name in ("README.md", "data/README.md")]
+    files = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "data/README.md")]
     files += [page for page in PAGES if page.name != "log.md"] + list(ROOT.glob("*.py"))
     files += [module for folder in ("minirlhf", "benchmarks", "studies") for module in (ROOT / folder).rglob("*.py")]
     path = re.compile(r"\b(?:minirlhf|benchmarks|studies|tests|docs)/[\w/.-]+\.(?:py|md)\b")
@@ -118,9 +166,7 @@ def test_every_file_that_a_page_or_a_module_names_exists() -> None:
             assert (ROOT / named).is_file(), f"{file.relative_to(ROOT)}: no file {named}"
 
 
-def test_every_row_of_the_tables_names_code() -> None:
-    rows = [line for line in GLOSSARY.splitlines() if line.startswith("| `")]
-    assert all(re.search(r"`[\w/.-]+\.py: [\w.]+` \|$", row) for row in rows)
+def test_every_row_of_the_equations_names_code() -> None:
     lines = (ROOT / "docs" / "equations.md").read_text(encoding="utf-8").splitlines()
     rows = [line for line in lines if line.startswith("| ") and not line.startswith(("| equation", "| ---"))]
     for row in rows:
@@ -137,7 +183,7 @@ def test_every_loss_has_its_row() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    for page in PAGES:
+    for page in (*PAGES, ROOT / "README.md", ROOT / "CONTRIBUTING.md"):
         for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text(encoding="utf-8")):
             path, _, anchor = target.partition("#")
             if path.startswith("http"):
@@ -147,6 +193,53 @@ def test_links_lead_somewhere() -> None:
             headings = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M) if anchor else []
             slugs = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
             assert not anchor or anchor in slugs, f"{page.name}: {target} has no such heading"
+
+
+def test_the_floors_of_the_design_are_those_of_the_imports() -> None:
+    page = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    assert [set(line.split()) for line in page.split("```")[1].strip().splitlines()] == test_imports.FLOORS[::-1]
+
+
+def test_the_map_of_the_readme_has_every_room() -> None:
+    rows = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Where things are")[2].splitlines()
+    told = {name for row in rows if row.startswith("| `") for name in re.findall(r"`([\w/.]+)`", row.split("|")[1])}
+    rooms = {p.name if p.is_file() else f"{p.name}/" for p in (ROOT / "minirlhf").iterdir() if p.name[0] != "_"}
+    assert rooms - told == set() and {"studies/", "benchmarks/", "tests/", "data/", "docs/"} <= told
+
+
+def numbers_of(text: str) -> set[float]:
+    """All numbers of a text, without their signs."""
+    return {float(number.replace(",", "")) for number in re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", text)}
+
+
+def test_every_figure_of_the_readmes_results_stands_on_the_page_beside_it() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Results")[2].partition("\n## ")[0]
+    rows = [line.split("|") for line in text.splitlines() if line.startswith("| ") and "](" in line]
+    assert len(rows) >= 10
+    for _, what, result, page, _ in rows:
+        target = re.search(r"\]\(([^)#]+)", page)[1]
+        missing = numbers_of(result) - numbers_of((ROOT / target).read_text(encoding="utf-8"))
+        assert not missing, f"{what.strip()}: {missing} not in {target}"
+
+
+def test_the_table_of_label_counts_is_that_of_the_csv() -> None:
+    results = ROOT / "benchmarks" / "results" / "2026-11-21-label-count.csv"
+    seeds: dict[tuple[str, ...], list[float]] = {}
+    for row in csv.DictReader(results.read_text(encoding="utf-8").splitlines()):
+        key = tuple(row[name] for name in ("experiment", "kind", "labels", "noise"))
+        seeds.setdefault(key, []).append(100 * float(row["agreement"]))
+    page = (ROOT / "docs" / "feedback.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .+ \| ([\d.]+ %) \| ([\d.]+, [\d.]+, [\d.]+) \|$", page, re.M)
+    assert rows == [(f"{sum(v) / 3:.1f} %", ", ".join(f"{x:.1f}" for x in v)) for v in seeds.values()]
+
+
+def test_the_reading_list_of_the_readme_knows_how_long_a_file_is() -> None:
+    rows = re.findall(r"^\d+\. `([\w/.]+)`, (\d+) lines, (\d+) minutes", (ROOT / "README.md").read_text("utf-8"), re.M)
+    assert len(rows) == 10
+    for file, lines, minutes in rows:
+        there = len((ROOT / file).read_text(encoding="utf-8").splitlines())
+        assert abs(int(lines) - there) <= max(10, 0.1 * there), f"{file}: {there} lines"
+        assert abs(int(minutes) - there / 15) <= 5, f"{file}: 15 lines a minute"
 
 
 # ------------------------------------------------------------------------------------------------------------- figures
@@ -164,7 +257,7 @@ def is_part(some: list[str], others: list[str]) -> bool:
 def test_a_table_of_results_is_that_of_the_file_named_above_it() -> None:
     """The numbers of a row stand in the same order in one row of the file that was named last in the section."""
     checked = 0
-    for page in (*CHAPTERS, *sorted((ROOT / "studies").glob("*.md"))):
+    for page in (*CHAPTERS, *sorted((ROOT / "studies").glob("*.md")), ROOT / "docs" / "feedback.md"):
         results: list[list[str]] = []
         for line in page.read_text(encoding="utf-8").splitlines():
             if line.startswith("## "):
@@ -214,3 +307,7 @@ def test_the_python_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pyte
         exec(compile("\n" * line + block, str(page), "exec"), namespace)
     if page.stem == "extending":
         assert logged(Path("runs/tiny/dpo-positive/metrics.jsonl"))
+
+
+if __name__ == "__main__" and sys.argv[1:] == ["--write"]:
+    METRICS.write_text(with_ranges(METRICS.read_text(encoding="utf-8")), encoding="utf-8")

@@ -196,5 +196,5 @@ def test_memory_is_about_what_is_said(
 def test_half_types_keep_less_and_checkpointing_least() -> None:
     shape = GPTConfig(vocab_size=11, n_positions=8, n_layer=12, n_head=2, n_embd=8)
     whole, half = (activations(shape, 100, dtype, checkpointed=False) for dtype in (torch.float32, torch.bfloat16))
-    assert (whole, half) == (64 * 100 * 12 * 8, 38 * 100 * 12 * 8)  # as in docs/scaling.md
+    assert (whole, half) == (64 * 100 * 12 * 8, 38 * 100 * 12 * 8)  # as in docs/using.md
     assert activations(shape, 100, torch.float32, checkpointed=True) == 4 * 100 * 12 * 8 + 64 * 100 * 8

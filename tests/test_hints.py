@@ -169,8 +169,9 @@ def test_each_hint_is_said_once_and_alone(
 
 def test_every_rule_has_a_case() -> None:
     assert {case[0] for case in CASES} == RULES.keys()
-    page = (Path(__file__).parent.parent / "docs" / "hints.md").read_text(encoding="utf-8")
-    assert set(re.findall(r"^\| `([\w-]+)` \|", page, re.M)) == RULES.keys()
+    page = (Path(__file__).parent.parent / "docs" / "metrics.md").read_text(encoding="utf-8")
+    _, _, hints_of_the_page = page.partition("\n## Hints\n")
+    assert set(re.findall(r"^\| `([\w-]+)` \|", hints_of_the_page, re.M)) == RULES.keys()
 
 
 def test_a_long_answer_without_a_better_score_is_not_of_the_rewards_making(tmp_path: Path) -> None:

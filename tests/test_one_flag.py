@@ -144,10 +144,10 @@ def test_comparisons_without_prompts_train_a_reward_model(tmp_path: Path, monkey
 
 
 def test_the_pairs_and_prompts_of_the_sentiment_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python of docs/recipes.md, with a stand-in of the set's columns and order."""
+    """The Python of docs/using.md, with a stand-in of the set's columns and order."""
     import datasets
 
-    page = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    page = (Path(__file__).parent.parent / "docs" / "using.md").read_text(encoding="utf-8")
     rows = [{"text": f"review {i} is long and says so", "label": int(i >= 6)} for i in range(12)]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
     monkeypatch.chdir(tmp_path)

@@ -320,7 +320,7 @@ def test_the_table_of_memory_follows_the_formulas_beside_it() -> None:
         "gpt2-large": (36, 20, 1280),
         "gpt2-xl": (48, 25, 1600),
     }
-    text = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    text = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
     for name, (layers, heads, channels) in shapes.items():
         config = GPTConfig(vocab_size=50257, n_positions=1024, n_layer=layers, n_head=heads, n_embd=channels)
         count = sum(p.numel() for p in GPT(config, seed=None).parameters())

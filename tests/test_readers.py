@@ -436,7 +436,7 @@ HUB_SETS: dict[str, tuple[list[dict[str, Any]], data.Kind, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("name", HUB_SETS)
 def test_public_sets_by_hub_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stand-ins with the columns of the four sets in docs/recipes.md."""
+    """Stand-ins with the columns of the four sets in docs/using.md."""
     import datasets
 
     rows, kind, record = HUB_SETS[name]

@@ -254,18 +254,7 @@ def test_a_fall_is_a_mean_of_differences_with_its_error() -> None:
     assert mean == 0.5 and error == pytest.approx((1 / 3) ** 0.5 / 2, rel=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------- one table, twice
-def test_the_glossary_has_the_healthy_ranges_of_the_table() -> None:
-    glossary = (Path(__file__).parent.parent / "docs" / "glossary.md").read_text(encoding="utf-8")
-    told = {}
-    for section in glossary.split("\n## ")[1:]:
-        heading, *lines = section.splitlines()
-        kind = re.search(r"`([\w-]+)[./]", heading)[1]
-        rows = [(re.match(r"\| `(\w+)` \|", line), re.findall(r"\*\*(.+?)\*\*", line)) for line in lines]
-        told |= {(kind, name[1]): bold[0] for name, bold in rows if name and bold}
-    assert told == {place: str(metric) for place, metric in HEALTHY.items() if str(metric)}
-
-
+# ----------------------------------------------------------------------------------------------------------- one table
 def test_every_hint_has_advice_and_every_range_in_the_curves_too() -> None:
     assert all(HEALTHY[about].advice for about, *_ in RULES.values())
     assert all(metric.advice for metric in HEALTHY.values() if str(metric))

@@ -4,7 +4,7 @@
 
 Every model answers the same prompts `--samples` times at temperature 1 with the same random numbers, and answer k of
 one meets answer k of the baseline. So a model against itself ties throughout. All intervals are 95 %, over prompts.
-Writes `<out>/comparison.json`, whose names docs/glossary.md explains, and `<out>/answers.jsonl`, a line an answer.
+Writes `<out>/comparison.json`, whose names docs/metrics.md explains, and `<out>/answers.jsonl`, a line an answer.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m minirlhf.report                       # runs/tiny, finished or not: writes runs/tiny/report.html
     python -m minirlhf.report runs/a runs/b --out comparison
 
-At the top it says in words whether PPO over-optimised and which thresholds are met. How to read it: docs/report.md.
+At the top it says in words whether PPO over-optimised and which thresholds are met. How to read it: docs/using.md.
 """
 
 from __future__ import annotations

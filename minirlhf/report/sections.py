@@ -284,7 +284,7 @@ def curves_of(kind: str, stages: Sequence[tuple[str, StageRun]]) -> list[Block]:
 
 
 def curves(runs: Sequence[Run]) -> list[Block]:
-    """The healthy range is shaded. What a number means and what to suspect outside of its range is in docs/glossary.md.
+    """The healthy range is shaded. What a number means and what to suspect outside of its range is in docs/metrics.md.
     Long curves are means of neighbouring steps; the end is the mean of the last tenth.
     """
     blocks: list[Block] = []

@@ -1,12 +1,12 @@
 """Healthy ranges of every number that has one, and the hints that say what has gone wrong, once a run.
 
-`healthy.csv` is the one table: the report shades its ranges, the glossary repeats them in bold, and a hint ends with
+`healthy.csv` is the one table: the report shades its ranges, docs/metrics.md repeats them in bold, and a hint ends with
 its advice. The ranges are habits of the field and of the runs here, not laws: outside of one is a reason to look. A
 range holds where the stage ends; on the way there, a metric may pass through other values.
 
 A rule of `RULES` has a wider limit: it is for what has gone wrong. It is a pure function of the rows of `metrics.jsonl`
 so far, so `<stage>/hints.jsonl` is one too: a run that goes on writes it again from the rows it keeps, and a resumed
-run has the hints of one that was never stopped. docs/hints.md explains each limit.
+run has the hints of one that was never stopped. docs/metrics.md explains each limit.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`--dry-run`: what a stage would do, and about what it takes. No weights are read and nothing is written.
 
 Of P parameters in training and F frozen ones, all float32, and a micro-batch of T padded tokens in L layers of C
-channels, the memory is at most about (docs/scaling.md counts it)
+channels, the memory is at most about (docs/using.md counts it)
 
     16 P + 4 F + (64 or 38) T L C + logits        bytes: weights, gradients and Adam's moments; frozen weights;
                                                   activations in float32 or bfloat16, of one model at a time
