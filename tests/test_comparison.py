@@ -324,7 +324,7 @@ ROWS = [
     (TWO + "--judge a:b:c", "--judge a:b:c: must be package.module:function"),
     (
         TWO + "--prompts {file}/prompt.jsonl",
-        "--judge world: 'p:' is no prompt of the embedded world; give --judge a func",
+        "'p:' is no prompt of the embedded world, and its judge knows no other; compare the models by another --judge",
     ),
     (TWO + "--prompts {file}/missing.jsonl", "missing.jsonl: no such file"),
     (TWO + "--prompts {file}/blank.jsonl", "blank.jsonl:2: the prompt is blank"),

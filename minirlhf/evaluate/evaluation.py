@@ -96,7 +96,7 @@ class Evaluator:
         self.judge, readers = find_judge(judge, prompts, *machine)
         self.reward = RewardScorer(reward_model, *machine) if reward_model else None
         if reference is not None:
-            advice = "so there is no KL between them; compare with --reference none"
+            advice = "so there is no KL between them; compare the models with --reference none"
             for folder in folders:
                 where = f"{folder.path}: has not the tokenizer of {reference.path}"
                 require(same_ids(reference.encoding, folder.encoding), f"{where}, {advice}")

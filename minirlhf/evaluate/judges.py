@@ -164,8 +164,8 @@ def find_judge(
         return None, []
     if spec == "world":
         strange = next((prompt for prompt in prompts if prompt not in questions()), None)
-        where = f"--judge world: {strange!r:.60} is no prompt of the embedded world"
-        require(strange is None, f"{where}; give --judge a function or a reward model")
+        where = f"{strange!r:.60} is no prompt of the embedded world, and its judge knows no other"
+        require(strange is None, f"{where}; compare the models by another --judge")
         return lambda answers: world_marks(answers.prompts, answers.texts), []
     if ":" in spec and not Path(spec).exists():
         function, where = reward_functions.load(spec, flag="--judge"), f"--judge {spec}"
