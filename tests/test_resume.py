@@ -25,7 +25,7 @@ import train_ppo
 import train_reward
 import train_sft
 from minirlhf import __main__ as pipeline
-from minirlhf import ops, ppo, reward_functions
+from minirlhf import distributed, ops, ppo, reward_functions
 from minirlhf.config import run_script
 from minirlhf.feedback import __main__ as feedback
 from minirlhf.runs import checkpoint
@@ -356,6 +356,23 @@ def test_a_signal_that_a_library_swallows_acts_after_the_step(
     assert checkpoint.latest(folder / "sft" / "checkpoints").name == "00000003"
     run("sft", folder, resume=True)
     assert result(folder / "sft") == whole("sft")
+
+
+def test_a_signal_that_comes_while_the_processes_agree_that_there_was_none_is_not_lost(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stage = Stage.__new__(Stage)
+    stage._gate = SignalGate()
+
+    def agree(own: torch.Tensor) -> torch.Tensor:
+        stage._gate.waiting = signal.SIGTERM
+        return own
+
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed, "all_max", agree)
+    stage._stop_where_asked()
+    with pytest.raises(Interrupted):
+        stage._stop_where_asked()
 
 
 def test_signals_wait_while_they_are_held() -> None:

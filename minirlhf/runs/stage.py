@@ -255,8 +255,8 @@ class Stage:
             number = self._gate.raised
         else:
             number = int(distributed.all_max(torch.tensor(self._gate.waiting or self._gate.raised)))
+        if number:  # and not otherwise: a signal may have come while the processes agreed that there was none
             self._gate.waiting = 0
-        if number:
             raise Interrupted(number)
 
     def save_checkpoint(self) -> None:
