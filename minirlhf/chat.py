@@ -121,7 +121,7 @@ class Speaker:
     turns: list[tuple[str, str]] = field(default_factory=list)
 
     def prompt(self, question: str, count: int | None) -> str:
-        """The dialogue so far, `kept` earlier turns of it, with the question at its end."""
+        """The dialogue so far, `count` earlier turns of it, with the question at its end."""
         earlier = self.turns if count is None else self.turns[max(0, len(self.turns) - 2 * count) :]
         return as_text([*earlier, (HUMAN, question)]) + ASSISTANT
 

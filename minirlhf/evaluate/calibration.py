@@ -60,7 +60,7 @@ class Config(Settings):
     scale: Positive | None = None
     """Deviation of the scores as trained; by default from `normalisation.json` beside the model's folder."""
     micro_batch_tokens: Count = 8192
-    """Padded tokens a forward pass."""
+    """Padded tokens per forward pass."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
 

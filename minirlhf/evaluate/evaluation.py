@@ -49,7 +49,7 @@ class AnswersConfig(Settings):
     max_new_tokens: Count = 32
     """Length limit of an answer in tokens."""
     micro_batch_tokens: Count = 8192
-    """Padded tokens a forward pass."""
+    """Padded tokens per forward pass."""
     seed: Seed = 0
     """Seed of the answers, of the order in which a judge sees two, and of the bootstrap."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

@@ -98,7 +98,7 @@ class ByReward(MachineConfig):
     model: str | None = None
     """Folder or hub name of the reward model, by default `<run>/reward/model`."""
     micro_batch_tokens: Count = 8192
-    """Padded tokens a forward pass."""
+    """Padded tokens per forward pass."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
 
@@ -153,7 +153,7 @@ class ByJudge(PairsConfig):
     instruction: str = ""
     """Text before every comparison: what a model is told that was not trained to judge."""
     micro_batch_tokens: Count = 8192
-    """Padded tokens a forward pass."""
+    """Padded tokens per forward pass."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where to compute; auto takes a GPU where there is one."""
 

@@ -206,7 +206,7 @@ def low_entropy(run: Hints) -> str:
     if value > 0.1 * first:
         return ""
     return (
-        f"the entropy fell from {first:.2g} to {value:.2g} nats a token (entropy): the policy writes one answer and "
+        f"the entropy fell from {first:.2g} to {value:.2g} nats per token (entropy): the policy writes one answer and "
         "explores nothing any more"
     )
 
