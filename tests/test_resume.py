@@ -373,6 +373,10 @@ def test_a_signal_that_comes_while_the_processes_agree_that_there_was_none_is_no
     stage._stop_where_asked()
     with pytest.raises(Interrupted):
         stage._stop_where_asked()
+    monkeypatch.setattr(SignalGate, "raised", signal.SIGHUP)  # and one that a library swallowed is agreed upon too
+    with pytest.raises(Interrupted) as caught:
+        stage._stop_where_asked()
+    assert caught.value.number == signal.SIGHUP
 
 
 def test_signals_wait_while_they_are_held() -> None:
